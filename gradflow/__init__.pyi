@@ -1,0 +1,42 @@
+from . import (
+    datasets as datasets,
+    experiments as experiments,
+    manifolds as manifolds,
+    models as models,
+    plot as plot,
+    solvers as solvers,
+    theory as theory,
+)
+from .critical import (
+    classify as classify,
+    CriticalPoint as CriticalPoint,
+    describe as describe,
+    KIND as KIND,
+    RULE as RULE,
+)
+from .flow import AbstractFlow as AbstractFlow, GradientFlow as GradientFlow
+from .initial import (
+    BalancedInit as BalancedInit,
+    GaussianInit as GaussianInit,
+    NearPoint as NearPoint,
+    OrthogonalInit as OrthogonalInit,
+    OrthonormalBalancedInit as OrthonormalBalancedInit,
+    section7_widths as section7_widths,
+)
+from .moments import Moments as Moments
+from .report import read_report as read_report, Report as Report
+from .solve import (
+    Descent as Descent,
+    integrate as integrate,
+    RESULTS as RESULTS,
+    Solution as Solution,
+)
+from .study import (
+    Fraction as Fraction,
+    fraction as fraction,
+    Outcome as Outcome,
+    precision as precision,
+    run_study as run_study,
+    Study as Study,
+)
+from .types import names_of as names_of

@@ -1,0 +1,6 @@
+"""Named studies: each file has a `Config`, a `CLAIM`, a `COST` and `run`.
+
+A plain list, so that the command line can name them without importing them.
+"""
+
+NAMES = ("convergence",)

@@ -1,0 +1,80 @@
+"""Settings that every experiment has, checked once."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from cyclopts import Parameter
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How the draws are run. Units stand beside each field.
+
+    **Raises:** `ValueError` for any value out of range.
+    """
+
+    draws: int = 256
+    "Draws per row of the table."
+    batch: int = 64
+    "Draws run at once: bounds memory, changes no draw."
+    seed: int = 0
+    "Draw i of a row depends on the seed, the row and i only."
+    tolerance: float = 1e-3
+    "Stopping speed where no rule stops a run; the solver works at a thousandth."
+    rtol: float | None = None
+    "The solver's tolerance per step, relative to the size of the point."
+    horizon: float = math.inf
+    "Flow time at which a run is stopped."
+    max_steps: int = 4096
+    "Steps per solver before the next one takes over."
+    dtype: Literal["float64", "float32"] = "float64"
+    "Arithmetic."
+    device: Literal["cpu", "gpu", "tpu"] | None = None
+    "Where to run; by default jax's own choice."
+
+    def __post_init__(self):
+        for name in ("draws", "batch", "max_steps"):
+            whole_number(self, name, least=1)
+        whole_number(self, "seed", least=0)
+        for name in ("tolerance", "horizon"):
+            positive(self, name, infinite=name == "horizon")
+        if self.rtol is not None:
+            positive(self, "rtol")
+        one_of(self, "dtype", ("float64", "float32"))
+        if self.device is not None:
+            one_of(self, "device", ("cpu", "gpu", "tpu"))
+
+
+def whole_number(config: object, name: str, *, least: int) -> None:
+    """Checks one field of a config, or each entry if it is a tuple."""
+    for value in _each(config, name):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def positive(config: object, name: str, *, infinite: bool = False) -> None:
+    """Checks one field of a config, or each entry if it is a tuple."""
+    for value in _each(config, name):
+        if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name} must be a number > 0, got {value!r}")
+        if not value > 0 or (math.isinf(value) and not infinite):
+            raise ValueError(f"{name} must be a finite number > 0, got {value}")
+
+
+def one_of(config: object, name: str, allowed: tuple[str, ...]) -> None:
+    """Checks one field of a config."""
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+
+
+def _each(config: object, name: str) -> tuple:
+    value = getattr(config, name)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not values:
+        raise ValueError(f"{name} is empty: give at least one value")
+    return values

@@ -1,0 +1,246 @@
+"""Where do Gaussian starts of deep linear networks end?
+
+*Claim under test:* for almost every start the gradient flow of a deep linear network
+converges to a global minimum (depth 2), or to a global minimum of the loss on matrices
+of some rank (deeper). *Reference:* Bah, Rauhut, Terstiege, Westdickenberg 2020,
+Theorems 39 and 40.
+"""
+
+import dataclasses
+import itertools
+import time
+from typing import Any, Literal
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from cyclopts import Parameter
+
+from .. import datasets
+from ..critical import classify, describe, KIND, RULE
+from ..flow import GradientFlow
+from ..initial import GaussianInit, OrthogonalInit, section7_widths
+from ..models.linear import SquaredLoss
+from ..moments import Moments
+from ..report import environment, Report
+from ..solve import integrate, RESULTS
+from ..solvers.stiff import stiff
+from ..study import find_device, fraction, Outcome, precision, run_study, Study
+from ..theory.linear import LinearTheory
+from ..types import Key, names_of
+from .base import one_of, positive, RunConfig, whole_number
+
+
+CLAIM = (
+    "Gradient flow of a deep linear network from almost every start ends at a global "
+    "minimum of the loss (Bah et al. 2020, Theorems 39 and 40)."
+)
+COST = "about 20 s on two cores for the default settings"
+# Above this many weights an implicit method's dense Jacobian costs more than it saves.
+LARGEST_IMPLICIT = 1000
+# Times at which the drawn runs are observed.
+CURVE_POINTS = 120
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings: one row of the table for each depth and scale."""
+
+    data: Literal["mnist", "mnist-quadrant", "gaussian", "teacher"] = "mnist"
+    "Real digits (autoencoding, or three quadrants from one), or generated data."
+    digit: int | None = None
+    "One digit class of MNIST; by default all."
+    dimension: int = 16
+    "Leading principal directions of x kept."
+    rank: int = 4
+    "Width of the narrowest layer."
+    depths: tuple[int, ...] = (2, 3)
+    "Numbers of factors."
+    start: Literal["gaussian", "orthogonal"] = "gaussian"
+    "Independent entries, or orthonormal rows or columns."
+    scales: tuple[float, ...] = (0.3, 0.01)
+    "Standard deviation of each entry of a Gaussian start, or size of an orthogonal."
+    curves: int = 4
+    "Runs per row whose loss is drawn."
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(self, "data", ("mnist", "mnist-quadrant", "gaussian", "teacher"))
+        one_of(self, "start", ("gaussian", "orthogonal"))
+        for name in ("dimension", "rank", "depths"):
+            whole_number(self, name, least=1)
+        whole_number(self, "curves", least=0)
+        positive(self, "scales")
+        if self.digit is not None:
+            whole_number(self, "digit", least=0)
+            if self.digit > 9:
+                raise ValueError(f"digit must be from 0 to 9, got {self.digit}")
+        if self.rank > self.dimension:
+            raise ValueError(
+                f"rank={self.rank} is larger than min(widths)={self.dimension}: raise "
+                "dimension or lower rank"
+            )
+
+
+def run(config: Config, *, progress: bool | None = None) -> Report:
+    """Runs the study and reports one row per depth and scale."""
+    device = find_device(config.device)
+    with precision(config.dtype), jax.default_device(device):
+        theory = LinearTheory(SquaredLoss(_moments(config)), config.rank)
+        rows, notes, panels = [], [], []
+        seconds = dict.fromkeys(("first batches", "other batches", "curves"), 0.0)
+        for depth, scale in itertools.product(config.depths, config.scales):
+            key = jr.fold_in(jr.key(config.seed), len(rows))
+            study = _study(config, theory, depth, scale)
+            outcome = run_study(
+                study,
+                key,
+                dtype=config.dtype,
+                device=config.device,
+                progress=progress,
+            )
+            rows.append(_row(study, outcome))
+            notes += _notes(study, outcome)
+            began = time.perf_counter()
+            panels.append(_panel(config, theory, study, key, outcome))
+            seconds["curves"] += time.perf_counter() - began
+            seconds["first batches"] += outcome.seconds["first batch"]
+            seconds["other batches"] += outcome.seconds["other batches"]
+        return Report(
+            "convergence",
+            CLAIM,
+            dataclasses.asdict(config),
+            environment(config.dtype, device),
+            rows,
+            notes,
+            {"panels": panels},
+            seconds,
+        )
+
+
+def _moments(config: Config) -> Moments:
+    key = jr.fold_in(jr.key(config.seed), -1 % 2**31)
+    match config.data:
+        case "mnist":
+            data = datasets.mnist(config.digit)
+        case "mnist-quadrant":
+            data = datasets.mnist(config.digit, task="quadrant")
+        case "gaussian":
+            data = datasets.gaussian(key, config.dimension, 3 * config.dimension)
+        case _:
+            size = config.dimension
+            data = datasets.teacher(key, size, size, config.rank, 3 * size)
+    return data.restrict(config.dimension)
+
+
+def _study(config: Config, theory: LinearTheory, depth: int, scale: float):
+    widths = section7_widths(config.dimension, depth, config.rank)
+    widths = (*widths[:-1], theory.energy.moments.yy.shape[0])
+    start = GaussianInit if config.start == "gaussian" else OrthogonalInit
+    flow = GradientFlow(theory.energy)
+    weights = sum(a * b for a, b in itertools.pairwise(widths))
+    explicit, implicit = diffrax.Tsit5(), stiff()
+    return Study(
+        start(widths, jnp.asarray(scale)),
+        eqx.Partial(
+            integrate,
+            flow,
+            stop=theory.certificate,
+            horizon=config.horizon,
+            tolerance=config.tolerance,
+            rtol=config.rtol,
+            method=(explicit, implicit) if weights <= LARGEST_IMPLICIT else explicit,
+            max_steps=config.max_steps,
+            throw=False,
+        ),
+        eqx.Partial(classify, flow, theory),
+        draws=config.draws,
+        batch=config.batch,
+    )
+
+
+def _row(study: Study, outcome: Outcome) -> dict[str, Any]:
+    kinds = names_of(KIND, outcome.finding.kind)
+    rules = names_of(RULE, outcome.finding.rule)
+    best = kinds == "global_minimum"
+    saddle = (kinds == "strict_saddle") | (kinds == "nonstrict_saddle")
+    failed = kinds == "diverged"
+    share = fraction(best, ~(best | saddle | failed))
+    widths = study.initialize.widths
+    return {
+        "depth": len(widths) - 1,
+        "widths": "-".join(map(str, widths)),
+        "scale": float(study.initialize.scale),
+        "draws": share.draws,
+        "global minimum": share.count,
+        "95 % low": share.low,
+        "95 % high": share.high,
+        "saddle": int(saddle.sum()),
+        "undecided": share.undecided,
+        "outer low": share.outer_low,
+        "outer high": share.outer_high,
+        "diverged": int(failed.sum()),
+        "by certificate": int((rules == "loss_certificate").sum()),
+        "median time": float(np.median(outcome.solution.time)),
+        "median steps": float(np.median(outcome.solution.stats["steps"])),
+    }
+
+
+def _notes(study: Study, outcome: Outcome) -> list[str]:
+    """Why each undecided draw is undecided (the first ten of a row)."""
+    kinds = names_of(KIND, outcome.finding.kind)
+    results = names_of(RESULTS, outcome.solution.result)
+    undecided = np.flatnonzero((kinds == "unresolved") | (kinds == "not_critical"))
+    start = study.initialize
+    where = f"depth {len(start.widths) - 1}, scale {float(start.scale):g}"
+    return [
+        f"{where}, draw {i}: {results[i]} at t={outcome.solution.time[i]:.4g}; "
+        + describe(jax.tree.map(lambda leaf: leaf[i], outcome.finding))  # noqa: B023
+        for i in undecided[:10]
+    ]
+
+
+def _panel(
+    config: Config, theory: LinearTheory, study: Study, key: Key, outcome: Outcome
+) -> dict[str, Any]:
+    """The loss of the first few runs against time, to somewhat past their verdicts."""
+    start = study.initialize
+    title = f"depth {len(start.widths) - 1}, scale {float(start.scale):g}"
+    ends = outcome.solution.time[: config.curves]
+    ends = ends[np.isfinite(ends) & (ends > 0)]
+    if len(ends) == 0:
+        return {"title": title, "times": [], "energies": [], "lines": []}
+    latest = min(3 * float(ends.max()), config.horizon)
+    times = np.geomspace(1e-3 * latest, latest, CURVE_POINTS)
+    points = jax.vmap(lambda i: start(jr.fold_in(key, i)))(jnp.arange(config.curves))
+    energies = np.asarray(
+        _losses(GradientFlow(theory.energy), points, times, config.rtol or 1e-6)
+    )
+    optimal = float(theory.optimal_energy())
+    return {
+        "title": title,
+        "times": times,
+        "energies": energies - optimal,
+        "lines": _lines(theory, float(np.nanmax(energies)), optimal),
+    }
+
+
+@eqx.filter_jit
+def _losses(flow, points, times, rtol):
+    def one(point):
+        return integrate(
+            flow, point, times=times, tolerance=1e3 * rtol, max_steps=10**5, throw=False
+        ).history["energy"]
+
+    return jax.vmap(one)(points)
+
+
+def _lines(theory: LinearTheory, highest: float, optimal: float) -> list[float]:
+    """The greedy chain of critical values above the least: modes learned in order of
+    strength, where saddle-to-saddle runs pause."""
+    chain = [float(theory.critical_energy(range(k))) for k in range(theory.rank)]
+    return [value - optimal for value in chain if value <= 1.05 * highest]

@@ -1,0 +1,246 @@
+r"""Where runs start: callables from a key to a network.
+
+Each is a callable of one key, to be given to a `Study` as `initialize`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .models.linear import DeepLinear
+from .types import Key
+
+
+class GaussianInit(eqx.Module):
+    """Independent entries $N(0, \\text{scale}^2)$.
+
+    **Raises:** `ValueError` for an empty list of widths, a width below 1, or a scale
+    that is not a finite number > 0.
+    """
+
+    widths: tuple[int, ...] = eqx.field(static=True, converter=tuple)
+    scale: float | Float[Array, ""]
+
+    def __check_init__(self):
+        _check_widths(self.widths)
+        _check_scale(self.scale)
+
+    def __call__(self, key: Key) -> DeepLinear:
+        return DeepLinear(
+            tuple(
+                self.scale * jr.normal(k, (out, into))
+                for k, into, out in _layers(key, self.widths)
+            )
+        )
+
+
+class OrthogonalInit(eqx.Module):
+    """Each factor `scale` times a uniformly random matrix with orthonormal rows or
+    columns.
+
+    **Raises:** as `GaussianInit`.
+    """
+
+    widths: tuple[int, ...] = eqx.field(static=True, converter=tuple)
+    scale: float | Float[Array, ""]
+
+    def __check_init__(self):
+        _check_widths(self.widths)
+        _check_scale(self.scale)
+
+    def __call__(self, key: Key) -> DeepLinear:
+        weights = []
+        for k, into, out in _layers(key, self.widths):
+            frame = _frame(k, max(into, out), min(into, out))
+            weights.append(self.scale * (frame if out >= into else frame.T))
+        return DeepLinear(tuple(weights))
+
+
+class BalancedInit(eqx.Module):
+    r"""Balanced factors of a given matrix: $W_j = T_j\,\mathrm{diag}(s^{1/N})\,
+    T_{j-1}^\top$ with $W = U\,\mathrm{diag}(s)\,V^\top$, $T_0 = V$, $T_N = U$ and
+    random orthonormal frames $T_j$ between.
+
+    **Raises:** `ValueError` if the product's shape is not that of the widths, or if
+    its rank exceeds the narrowest width.
+
+    *Reference:* Bah et al. 2020, section 2 (balanced starts).
+    """
+
+    widths: tuple[int, ...] = eqx.field(static=True, converter=tuple)
+    product: Float[Array, "y x"]
+
+    def __check_init__(self):
+        _check_widths(self.widths)
+        shape = (self.widths[-1], self.widths[0])
+        if jnp.shape(self.product) != shape:
+            raise ValueError(
+                f"product has shape {jnp.shape(self.product)} but widths="
+                f"{self.widths} need {shape}"
+            )
+        if not isinstance(self.product, jax.core.Tracer):
+            rank = int(np.linalg.matrix_rank(np.asarray(self.product)))
+            if rank > min(self.widths):
+                raise ValueError(
+                    f"product has rank={rank}, which is larger than min(widths)="
+                    f"{min(self.widths)}: widen the narrowest layer"
+                )
+
+    def __call__(self, key: Key) -> DeepLinear:
+        rank, depth = min(self.widths), len(self.widths) - 1
+        left, values, right = jnp.linalg.svd(self.product, full_matrices=False)
+        root = values[:rank] ** (1 / depth)
+        frames = [right[:rank].T]
+        for k, _, out in _layers(key, self.widths[:-1]):
+            frames.append(_frame(k, out, rank))
+        frames.append(left[:, :rank])
+        return DeepLinear(
+            tuple(
+                (upper * root[None, :]) @ lower.T
+                for lower, upper in zip(frames[:-1], frames[1:], strict=True)
+            )
+        )
+
+
+class OrthonormalBalancedInit(eqx.Module):
+    r"""The start of section 7 of the source: $W_j = U_j U_{j-1}^\top$ with $U_j$ the
+    first $d_1$ columns of a random orthogonal $V_j$; balanced, with all $d_1$ singular
+    values of the product equal to 1.
+
+    For equal first and last widths $V_0 = V_N$, so that $W(0) = U_N U_N^\top$ is a
+    projection and $u^\top W(0) u > 0$ for almost every $u$.
+
+    **Raises:** `ValueError` as `GaussianInit`, or if $d_1$ is not the narrowest width.
+
+    *Reference:* Bah et al. 2020, section 7.1.1. *Erratum:* $V_0$ is needed as well,
+    and the condition claimed there holds only if $V_0 = V_N$.
+    """
+
+    widths: tuple[int, ...] = eqx.field(static=True, converter=tuple)
+
+    def __check_init__(self):
+        _check_widths(self.widths)
+        if self.widths[1] != min(self.widths):
+            raise ValueError(
+                f"widths={self.widths}: this start needs widths[1] to be the smallest; "
+                "section7_widths gives such widths"
+            )
+
+    def __call__(self, key: Key) -> DeepLinear:
+        rank = self.widths[1]
+        keys = jr.split(key, len(self.widths))
+        frames = [
+            _frame(k, width, rank) for k, width in zip(keys, self.widths, strict=True)
+        ]
+        if self.widths[0] == self.widths[-1]:
+            frames[0] = frames[-1]
+        return DeepLinear(
+            tuple(
+                upper @ lower.T
+                for lower, upper in zip(frames[:-1], frames[1:], strict=True)
+            )
+        )
+
+
+class NearPoint(eqx.Module):
+    """A given point moved by exactly `distance` (Euclidean, over all entries): in a
+    random direction, or along `direction` if there is one.
+
+    **Raises:** `ValueError` if `distance` is not a finite number >= 0.
+    """
+
+    point: PyTree[Float[Array, "..."]]
+    distance: float | Float[Array, ""]
+    direction: PyTree[Float[Array, "..."]] | None = None
+
+    def __check_init__(self):
+        if not isinstance(self.distance, jax.Array):
+            if not (math.isfinite(self.distance) and self.distance >= 0):
+                raise ValueError(
+                    f"distance must be a finite number >= 0, got {self.distance}"
+                )
+
+    def __call__(self, key: Key):
+        leaves, structure = jax.tree.flatten(self.point)
+        if self.direction is None:
+            keys = jr.split(key, len(leaves))
+            moves = [
+                jr.normal(k, leaf.shape, leaf.dtype)
+                for k, leaf in zip(keys, leaves, strict=True)
+            ]
+        else:
+            moves = jax.tree.leaves(self.direction)
+        length = jnp.sqrt(sum(jnp.sum(move**2) for move in moves))
+        moved = [
+            leaf + (self.distance / length) * move
+            for leaf, move in zip(leaves, moves, strict=True)
+        ]
+        return jax.tree.unflatten(structure, moved)
+
+
+def section7_widths(dimension: int, depth: int, rank: int | None = None):
+    r"""$d_0 = d_N = d$, $d_j = \lfloor r + (d - r)(j - 1)/(N - 1) + \frac12 \rfloor$:
+    the widths of section 7 of the source, narrowest first.
+
+    `rank` defaults to $\lfloor d/2 + \frac12 \rfloor$. **Raises:** `ValueError` for
+    depth < 1, dimension < 1 or a rank outside 1..dimension.
+
+    *Reference:* Bah et al. 2020, section 7.1.1. *Erratum:* $d_0$ is not on the grid,
+    and the rounding is half up.
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be >= 1, got {depth}")
+    if dimension < 1:
+        raise ValueError(f"dimension must be >= 1, got {dimension}")
+    rank = math.floor(dimension / 2 + 0.5) if rank is None else rank
+    if not 1 <= rank <= dimension:
+        raise ValueError(
+            f"rank={rank} must be from 1 to dimension={dimension}: no layer can be "
+            "narrower than 1 or pass more than the data have"
+        )
+    if depth == 1:
+        return (dimension, dimension)
+    grid = [
+        math.floor(rank + (dimension - rank) * j / (depth - 1) + 0.5)
+        for j in range(depth)
+    ]
+    return (dimension, *grid)
+
+
+def _layers(key, widths: Sequence[int]):
+    keys = jr.split(key, max(len(widths) - 1, 1))
+    return list(zip(keys, widths[:-1], widths[1:], strict=False))
+
+
+def _frame(key, rows, columns):
+    """A uniformly random matrix with orthonormal columns."""
+    q, r = jnp.linalg.qr(jr.normal(key, (rows, columns)))
+    # Without these signs the distribution is not uniform.
+    return q * jnp.sign(jnp.diagonal(r))[None, :]
+
+
+def _check_widths(widths):
+    if len(widths) < 2:
+        raise ValueError(
+            f"widths={widths} needs at least two numbers: inputs and outputs"
+        )
+    for width in widths:
+        if isinstance(width, bool) or not isinstance(width, (int, np.integer)):
+            raise ValueError(f"widths={widths} must be whole numbers, got {width!r}")
+        if width < 1:
+            raise ValueError(f"widths={widths} must all be >= 1, got {width}")
+
+
+def _check_scale(scale):
+    if isinstance(scale, (bool, str)) or not isinstance(
+        scale, (int, float, np.number, jax.Array)
+    ):
+        raise ValueError(f"scale must be a number > 0, got {scale!r}")
+    if not isinstance(scale, jax.Array) and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number > 0, got {scale}")

@@ -1,0 +1,4 @@
+"""Geometries, one file per manifold."""
+
+from .base import AbstractManifold as AbstractManifold
+from .euclidean import Euclidean as Euclidean

@@ -1,0 +1,522 @@
+"""Descend: from a flow and a starting point to a `Solution`.
+
+A `Descent` is four pure functions, `init`, `step`, `finished` and `solution`, over a
+state that can be stopped, stored and taken up again; `integrate` is a loop over them.
+
+Three hazards shape this file:
+
+- An explicit method hovers near an equilibrium at a speed some hundred times its
+  error tolerance, so the stopping speed must lie well above that tolerance: the one
+  knob `tolerance` is the stopping speed, and the solver works at `tolerance / 1000`.
+- A small speed is not convergence. Near a saddle of a deep network the speed falls
+  like a power of the distance; a start close to the origin is stationary to any
+  tolerance at once. A `stop` rule that certifies the limit replaces the speed test.
+- The flow is autonomous, so every step is taken from time 0: a plateau of length 1e12
+  followed by an escape that needs steps of 0.1 loses no digits.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast, Generic
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .flow import AbstractFlow
+from .solvers.step_control import NormwiseStepSize, root_mean_square
+from .types import P, Scalar
+
+
+# The solver's tolerance is the stopping speed divided by this (see the module's text;
+# measured: at a ratio of 100 a fifth of the runs of an easy problem still hover).
+TOLERANCE_RATIO = 1000
+# Below this fraction of the first step the solution is taken to blow up.
+VANISHED = 1e-12
+
+
+class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
+    """How a run ended. It says nothing about what kind of place that is."""
+
+    rule_met = "The stopping rule was met."
+    horizon_reached = (
+        "The horizon was reached before the run came to rest; raise `horizon`."
+    )
+    step_size_vanished = (
+        "The step size fell to nothing: the solution may blow up in finite time."
+    )
+    not_finite = (
+        "The starting point or its velocity is not finite; start nearer to 0 or "
+        "rescale the data."
+    )
+
+
+class Solution(eqx.Module, Generic[P]):
+    """What a descent returns.
+
+    - `point`, `energy`, `speed`, `time`: where the run ended, $E$ and the speed there,
+      and when. Times are flow time (for loss divided by the number of samples).
+    - `times`, `history`: the observations asked for, or `None`.
+    - `result`: a `RESULTS` member.
+    - `stats`: `steps` accepted, `rejected` steps, and `rtol`.
+    """
+
+    point: P
+    energy: Scalar
+    speed: Scalar
+    time: Scalar
+    times: Float[Array, " times"] | None
+    history: dict[str, PyTree[Array]] | None
+    result: RESULTS
+    stats: dict[str, Any]
+
+
+class State(eqx.Module, Generic[P]):
+    """A descent under way."""
+
+    point: P
+    time: Scalar
+    step_size: Scalar
+    first_step_size: Scalar
+    steps: Int[Array, ""]
+    rejected: Int[Array, ""]
+    finished: Bool[Array, ""]
+    waiting: Bool[Array, ""]  # for a solver before it, in a relay of several
+    result: RESULTS
+    solver_state: PyTree
+    control_state: PyTree
+
+
+class Descent(eqx.Module, Generic[P]):
+    """A flow descended by one diffrax solver.
+
+    - `stop`: a predicate that ends the run as `rule_met`; when it is `None` the run
+      ends as `successful` at a speed of at most `tolerance`.
+    """
+
+    flow: AbstractFlow[P]
+    solver: diffrax.AbstractSolver
+    control: NormwiseStepSize
+    tolerance: Scalar
+    stop: Callable[[P], Bool[Array, ""]] | None
+    max_steps: Int[Array, ""]
+
+    def init(self, point: P, time: Scalar) -> State[P]:
+        """A run that starts at `point`."""
+        terms, zero = self._terms(), jnp.zeros_like(time)
+        first, control_state = self.control.init(
+            terms,
+            zero,
+            zero + 1,
+            point,
+            None,
+            None,
+            self.solver.func,
+            self.solver.error_order(terms),
+        )
+        first = jnp.asarray(first, dtype=time.dtype)
+        # The very first call decides the shapes; its numbers are read again by `step`.
+        solver_state = self.solver.init(terms, zero, first, point, None)
+        state = State(
+            point,
+            time,
+            first,
+            first,
+            steps=jnp.zeros((), dtype=int),
+            rejected=jnp.zeros((), dtype=int),
+            finished=jnp.array(False),
+            waiting=jnp.array(False),
+            result=RESULTS.successful,
+            solver_state=solver_state,
+            control_state=control_state,
+        )
+        velocity = self.flow.velocity(point)
+        finite = _all_finite(point) & _all_finite(velocity)
+        met, met_result = self._at_rest(point)
+        result = RESULTS.where(met, met_result, RESULTS.successful)
+        result = RESULTS.where(finite, result, RESULTS.not_finite)
+        state = eqx.tree_at(
+            lambda s: (s.finished, s.result), state, (met | ~finite, result)
+        )
+        # Solvers put Python numbers among their state; a loop wants arrays.
+        return jax.tree.map(
+            lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, state
+        )
+
+    def step(self, state: State[P], horizon: Scalar) -> State[P]:
+        """One trial step; changes nothing when the run is finished."""
+        remaining = horizon - state.time
+        landing = state.step_size >= 0.999 * remaining
+        size = jnp.where(landing, remaining, state.step_size)
+        zero = jnp.zeros_like(size)
+        terms = self._terms()
+        candidate, error, _, solver_state, solver_result = self.solver.step(
+            terms, zero, size, state.point, None, state.solver_state, made_jump=False
+        )
+        keep, start, end, _, control_state, _ = self.control.adapt_step_size(
+            zero,
+            size,
+            state.point,
+            candidate,
+            None,
+            error,
+            self.solver.error_order(terms),
+            state.control_state,
+        )
+        next_size = jnp.asarray(end - start, dtype=size.dtype)
+        # A step cut short to land on the horizon says nothing against its
+        # predecessor; and an unbounded step would make 0 * inf.
+        next_size = jnp.where(
+            keep & landing, jnp.maximum(next_size, state.step_size), next_size
+        )
+        next_size = jnp.minimum(next_size, jnp.sqrt(jnp.finfo(size.dtype).max))
+        select = lambda new, old: jnp.where(keep, new, old)
+        point = jax.tree.map(select, candidate, state.point)
+        time = jnp.where(keep, state.time + size, state.time)
+        time = jnp.where(keep & landing, horizon, time)
+        steps = state.steps + keep.astype(int)
+        rejected = state.rejected + (~keep).astype(int)
+
+        # In order of precedence, last wins.
+        met, met_result = self._at_rest(point)
+        vanished = next_size <= VANISHED * state.first_step_size
+        exhausted = steps + rejected >= self.max_steps
+        arrived = keep & landing
+        own_result = RESULTS.promote(solver_result)
+        failed = keep & (own_result != RESULTS.successful)
+        result = RESULTS.where(failed, own_result, RESULTS.successful)
+        finished = failed
+        for condition, member in (
+            (vanished, RESULTS.step_size_vanished),
+            (exhausted, RESULTS.max_steps_reached),
+            (arrived, RESULTS.horizon_reached),
+            (keep & met, met_result),
+        ):
+            result = RESULTS.where(condition, member, result)
+            finished = finished | condition
+        return State(
+            point,
+            time,
+            next_size,
+            state.first_step_size,
+            steps,
+            rejected,
+            finished,
+            state.waiting,
+            result,
+            jax.tree.map(select, solver_state, state.solver_state),
+            control_state,
+        )
+
+    def finished(self, state: State[P]) -> Bool[Array, ""]:
+        """Whether the run is over."""
+        return state.finished
+
+    def solution(self, state: State[P]) -> Solution[P]:
+        """What there is to say of a run, over or not."""
+        return Solution(
+            state.point,
+            self.flow.energy(state.point),
+            self.flow.speed(state.point),
+            state.time,
+            None,
+            None,
+            state.result,
+            {
+                "steps": state.steps,
+                "rejected": state.rejected,
+                "rtol": jnp.asarray(self.control.rtol),
+            },
+        )
+
+    def _terms(self) -> diffrax.ODETerm:
+        return diffrax.ODETerm(lambda t, y, args: self.flow.velocity(y))
+
+    def _at_rest(self, point: P):
+        if self.stop is None:
+            return self.flow.speed(point) <= self.tolerance, RESULTS.successful
+        return jnp.asarray(self.stop(point)), RESULTS.rule_met
+
+
+def integrate(
+    flow: AbstractFlow[P],
+    point0: P,
+    *,
+    horizon: float = float("inf"),
+    tolerance: float | None = None,
+    rtol: float | None = None,
+    stop: Callable[[P], Bool[Array, ""]] | None = None,
+    times: Float[Array, " times"] | None = None,
+    observe: Mapping[str, Callable[[P], PyTree[Array]]] | None = None,
+    method: diffrax.AbstractSolver | Sequence[diffrax.AbstractSolver] = diffrax.Tsit5(),
+    max_steps: int = 16384,
+    throw: bool = True,
+) -> Solution[P]:
+    r"""Integrates $\dot x = v(x)$ from `point0`.
+
+    **Arguments:**
+
+    - `horizon`: the time to stop at.
+    - `tolerance`: the speed to stop at (default 1e-6 in float64, 1e-2 in float32).
+    - `rtol`: the solver's tolerance per step, relative to the size of the point. Leave
+      it alone (`tolerance / 1000`) unless you know better.
+    - `stop`: a predicate on points, looked at after each step, that replaces the speed
+      test. `theory.certificate` stops as soon as the limit is certain.
+    - `times`, `observe`: run to `times[-1]` and evaluate each function of `observe`
+      (by default the energy) at each time. Neither rule then ends the run early, and
+      trajectories are kept only through `observe`.
+    - `method`: a diffrax solver, or several: each takes over where the one before it
+      has used its `max_steps`.
+    - `throw`: raise if the run fails. Pass `False` under `vmap` and read `result`.
+
+    **Raises:** `ValueError` for arguments out of range; `RuntimeError` (with
+    `throw=True`) when the steps are used up, the step size vanishes or the start is
+    not finite. Reaching the horizon is not a failure.
+    """
+    dtype = _checked_dtype(point0)
+    tolerance, rtol = _checked_tolerances(tolerance, rtol, dtype)
+    _check_positive("horizon", horizon)
+    _check_positive("max_steps", max_steps)
+    methods = tuple(method) if isinstance(method, Sequence) else (method,)
+    descents = tuple(
+        Descent(
+            flow,
+            _adaptive(solver, rtol),
+            NormwiseStepSize(jnp.asarray(rtol, dtype)),
+            jnp.asarray(tolerance, dtype),
+            stop,
+            jnp.asarray(max_steps),
+        )
+        for solver in methods
+    )
+    if times is None:
+        if observe is not None:
+            raise ValueError("observe is given without times: say when to observe")
+        # Far enough for any flow; an infinite horizon would give inf - inf.
+        latest = float(np.sqrt(float(jnp.finfo(dtype).max)))
+        targets, functions = jnp.asarray([min(horizon, latest)], dtype), {}
+    else:
+        targets = _checked_times(times, dtype)
+        functions = {"energy": flow.energy} if observe is None else dict(observe)
+        # Neither the speed nor a rule ends an observed run.
+        descents = tuple(
+            Descent(d.flow, d.solver, d.control, d.tolerance, _never, d.max_steps)
+            for d in descents
+        )
+    solution, history = _run(descents, point0, targets, functions)
+    if times is not None:
+        solution = eqx.tree_at(
+            lambda s: (s.times, s.history),
+            solution,
+            (targets, history),
+            is_leaf=lambda x: x is None,
+        )
+    return _raise_failure(solution) if throw else solution
+
+
+@eqx.filter_jit
+def _run(descents, point, targets, functions):
+    """Runs to each target in turn and evaluates `functions` there."""
+
+    def segment(carry, target):
+        states = []
+        for descent, state in zip(descents, carry, strict=True):
+            state = _resume(state)
+            # A later solver begins where the one before it ran out of steps.
+            if states:
+                state = _hand_over(descent, states[-1], state)
+            state = jax.lax.while_loop(
+                lambda s: ~descent.finished(s),  # noqa: B023 (called at once)
+                lambda s: descent.step(s, target),  # noqa: B023
+                state,
+            )
+            states.append(state)
+        last = states[-1]
+        seen = {name: function(last.point) for name, function in functions.items()}
+        # What a failed run never reached is NaN; its result says why.
+        failed = last.time < target
+        seen = jax.tree.map(lambda x: jnp.where(failed, jnp.nan, x), seen)
+        return tuple(states), seen
+
+    zero = jnp.zeros_like(targets[0])
+    first, *rest = [descent.init(point, zero) for descent in descents]
+    waiting = jnp.array(True)
+    states = (
+        first,
+        *(
+            eqx.tree_at(lambda s: (s.finished, s.waiting), state, (waiting, waiting))
+            for state in rest
+        ),
+    )
+    states, history = jax.lax.scan(segment, states, targets)
+    solution = descents[-1].solution(states[-1])
+    counts = [
+        sum(getattr(state, name) for state in states) for name in ("steps", "rejected")
+    ]
+    solution = eqx.tree_at(
+        lambda s: (s.stats["steps"], s.stats["rejected"]), solution, counts
+    )
+    return solution, history
+
+
+def _resume(state):
+    """A run that reached the last target goes on to the next one."""
+    again = state.result == RESULTS.horizon_reached
+    return eqx.tree_at(
+        lambda s: (s.finished, s.result),
+        state,
+        (
+            state.finished & ~again,
+            RESULTS.where(again, RESULTS.successful, state.result),
+        ),
+    )
+
+
+def _hand_over(descent, before, state):
+    """The state of a later solver: begun anew if the one before it has just run out of
+    steps, its end passed on if it ended, untouched if this solver is at work."""
+    exhausted = before.result == RESULTS.max_steps_reached
+    begun = descent.init(before.point, before.time)
+    ended = eqx.tree_at(
+        lambda s: (s.finished, s.waiting, s.result),
+        begun,
+        (jnp.array(True), jnp.array(True), before.result),
+    )
+    new = _select(exhausted, begun, ended)
+    return _select(state.waiting, new, state)
+
+
+def _select(condition, new, old):
+    """`new` where `condition` holds, for two states of one structure."""
+    dynamic_new, static = eqx.partition(new, eqx.is_array)
+    dynamic_old = eqx.filter(old, eqx.is_array)
+    chosen = jax.tree.map(
+        lambda a, b: jnp.where(condition, a, b), dynamic_new, dynamic_old
+    )
+    return eqx.combine(chosen, static)
+
+
+def _never(point) -> Bool[Array, ""]:
+    del point
+    return jnp.array(False)
+
+
+def _all_finite(tree) -> Bool[Array, ""]:
+    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(checks))
+
+
+def _adaptive(solver, rtol):
+    """The solver with an error estimate, and with its root finder's tolerances set."""
+    if not isinstance(solver, diffrax.AbstractSolver):
+        raise ValueError(
+            f"method={solver!r} is no diffrax solver: give one such as diffrax.Tsit5()"
+        )
+    if isinstance(solver, diffrax.AbstractImplicitSolver):
+        finder = cast(Any, solver.root_finder)
+        # diffrax marks tolerances to be taken from the step size control.
+        if not isinstance(finder.rtol, (int, float, jax.Array)):
+            solver = eqx.tree_at(
+                lambda s: (
+                    s.root_finder.rtol,
+                    s.root_finder.atol,
+                    s.root_finder.norm,
+                ),
+                solver,
+                (rtol, rtol, root_mean_square),
+            )
+    if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
+        solver = diffrax.HalfSolver(solver)
+    return solver
+
+
+def _checked_dtype(point):
+    leaves = jax.tree.leaves(point)
+    if not leaves or not all(
+        eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        for leaf in leaves
+    ):
+        raise ValueError("point0 must be made of real floating point arrays only")
+    return jnp.result_type(*leaves)
+
+
+def _checked_tolerances(tolerance, rtol, dtype):
+    # float32's rounding leaves four digits to a solver.
+    reachable = 10 * float(jnp.finfo(dtype).eps)
+    if tolerance is None:
+        tolerance = 1e-6 if dtype == jnp.float64 else 1e-2
+    _check_positive("tolerance", tolerance)
+    if rtol is None:
+        rtol = tolerance / TOLERANCE_RATIO
+    _check_positive("rtol", rtol)
+    if rtol > tolerance / 100:
+        raise ValueError(
+            f"tolerance={tolerance:g} can't be reached with solver tolerance "
+            f"{rtol:g}: the speed of a numerical run hovers some hundred times above "
+            f"it, so use rtol <= {tolerance / TOLERANCE_RATIO:g} or tolerance >= "
+            f"{rtol * TOLERANCE_RATIO:g}"
+        )
+    if rtol < reachable:
+        raise ValueError(
+            f"rtol={rtol:g} (tolerance={tolerance:g}) is below what {dtype} can reach, "
+            f"{reachable:.1g}: use tolerance >= {reachable * TOLERANCE_RATIO:.1g}"
+        )
+    return tolerance, rtol
+
+
+def _check_positive(name, value):
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise ValueError(f"{name} must be a number > 0, got {value!r}")
+    if not value > 0:
+        raise ValueError(f"{name} must be > 0, got {value}")
+
+
+def _checked_times(times, dtype):
+    if not isinstance(times, jax.core.Tracer):
+        values = np.asarray(times)
+        if values.ndim != 1 or values.size == 0:
+            raise ValueError(
+                f"times has shape {values.shape}: give a list of at least one time"
+            )
+        if not np.all(np.isfinite(values)) or values[0] < 0:
+            raise ValueError("times must be finite and >= 0")
+        if np.any(np.diff(values) <= 0):
+            raise ValueError("times must increase strictly")
+    return jnp.asarray(times, dtype)
+
+
+def _raise_failure(solution):
+    """Raises for a run that failed; a horizon reached is no failure."""
+    result = solution.result
+    fine = (
+        (result == RESULTS.successful)
+        | (result == RESULTS.rule_met)
+        | (result == RESULTS.horizon_reached)
+    )
+    if isinstance(fine, jax.core.Tracer):
+        return result.error_if(solution, ~fine)
+    if not bool(jnp.all(fine)):
+        raise RuntimeError(failure_text(solution))
+    return solution
+
+
+def failure_text(solution: Solution) -> str:
+    """One sentence on how one run ended: what, where, what to do."""
+    steps = int(solution.stats["steps"] + solution.stats["rejected"])
+    time = float(solution.time)
+    if solution.result == RESULTS.max_steps_reached:
+        return (
+            f"{steps} steps used at t={time:.6g}, speed {float(solution.speed):.3g}: "
+            "raise max_steps, loosen tolerance, or let an implicit method take over "
+            "with method=(diffrax.Tsit5(), diffrax.Kvaerno5())"
+        )
+    if solution.result == RESULTS.step_size_vanished:
+        return (
+            f"the step size fell to nothing at t={time:.6g}: the solution may blow up "
+            "there"
+        )
+    return RESULTS[solution.result]

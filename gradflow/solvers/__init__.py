@@ -1,0 +1,4 @@
+"""What diffrax lacks for gradient flows, as diffrax objects."""
+
+from .step_control import NormwiseStepSize as NormwiseStepSize
+from .stiff import stiff as stiff

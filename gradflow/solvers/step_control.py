@@ -1,0 +1,103 @@
+"""Step sizes that survive overflow, with errors measured against the whole point.
+
+Two things diffrax's `PIDController` leaves open matter for gradient flows:
+
+- A trial step from far out can overflow. The controller guards against NaN only: with
+  an infinite candidate its error ratio is inf / inf, the next step size is NaN and
+  the run never moves again. Here any non-finite candidate is a rejected step.
+- Its error is relative entry by entry, so a weight that happens to be 0 decides the
+  step size. A rotation of a layer changes nothing about the flow, and must change
+  nothing about the steps: here the error is relative to the size of the whole point.
+"""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ..types import Scalar
+
+
+def root_mean_square(tree: PyTree[Float[Array, "..."]]) -> Scalar:
+    """The root mean square of all entries of a PyTree."""
+    leaves = jax.tree.leaves(tree)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
+    # Scaled by the largest entry first: squares of 1e200 overflow.
+    usable = jnp.isfinite(largest) & (largest > 0)
+    scale = jnp.where(usable, largest, 1)
+    total = sum(jnp.sum((leaf / scale) ** 2) for leaf in leaves)
+    mean = total / sum(leaf.size for leaf in leaves)
+    return jnp.where(usable, scale * jnp.sqrt(mean), largest)
+
+
+class NormwiseStepSize(
+    diffrax.AbstractAdaptiveStepSizeController[PyTree, Float[Array, ""] | None]
+):
+    r"""Adaptive steps with $\mathrm{rms}(\text{error}) \le \text{rtol} \cdot
+    \mathrm{rms}(\text{point})$, for any diffrax solver with an error estimate.
+
+    Usable as `stepsize_controller` of `diffrax.diffeqsolve` too.
+
+    **Arguments:**
+
+    - `rtol`: the error allowed per step, relative to the size of the point.
+    - `atol`: added to it; only there so that a point at 0 divides by something.
+    """
+
+    rtol: float | Float[Array, ""]
+    atol: float | Float[Array, ""] = 1e-30
+    # What diffrax hands to the root finder of an implicit method.
+    norm: object = root_mean_square
+
+    def _pid(self) -> diffrax.PIDController:
+        # The error arrives already scaled, hence rtol 0 and atol 1.
+        return diffrax.PIDController(rtol=0.0, atol=1.0, norm=root_mean_square)
+
+    def wrap(self, direction) -> "NormwiseStepSize":
+        del direction
+        return self
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        _, state = self._pid().init(
+            terms, t0, t1, y0, jnp.asarray(t1 - t0), args, func, error_order
+        )
+        if dt0 is None:
+            dt0 = self._first_step(terms, t0, y0, args, func, error_order)
+        return t0 + dt0, state
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        if y_error is None:
+            raise ValueError(
+                "the solver has no error estimate, so its steps can't be adapted: "
+                "wrap it in diffrax.HalfSolver"
+            )
+        finite = jax.tree.reduce(
+            jnp.logical_and,
+            jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), y1_candidate),
+        )
+        before, after = root_mean_square(y0), root_mean_square(y1_candidate)
+        size = jnp.where(finite, jnp.maximum(before, after), before)
+        allowed = self.atol + self.rtol * size
+        # An infinite error is a rejection with the largest cut; inf / inf is not.
+        scaled = jax.tree.map(
+            lambda e: jnp.where(finite & ~jnp.isnan(e), e / allowed, jnp.inf), y_error
+        )
+        return self._pid().adapt_step_size(
+            t0, t1, y0, y0, args, scaled, error_order, controller_state
+        )
+
+    def _first_step(self, terms, t0, y0, args, func, error_order) -> Scalar:
+        """Hairer, Norsett, Wanner, *Solving ODEs I*, II.4, with norms of whole
+        points."""
+        f0 = func(terms, t0, y0, args)
+        size, rate = root_mean_square(y0), root_mean_square(f0)
+        trial = jnp.where((size > 0) & (rate > 0), 0.01 * size / rate, 1e-6)
+        y1 = jax.tree.map(lambda y, f: y + trial * f, y0, f0)
+        f1 = func(terms, t0 + trial, y1, args)
+        change = root_mean_square(jax.tree.map(jnp.subtract, f1, f0)) / trial
+        steepest = jnp.maximum(rate, change) / (self.atol + self.rtol * size)
+        step = (0.01 / steepest) ** (1.0 / error_order)
+        step = jnp.where(jnp.isfinite(step), jnp.minimum(step, 100 * trial), trial)
+        return jnp.where(rate > 0, step, 1e-6)

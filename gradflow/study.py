@@ -1,0 +1,229 @@
+"""Many draws: initialize, descend, inspect; and what fraction of them did what."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array
+from tqdm import tqdm
+
+from .solve import Solution
+from .types import Key, P
+
+
+F = TypeVar("F")
+
+
+class Study(eqx.Module, Generic[P, F]):
+    """Three functions composed over many draws.
+
+    - `initialize`: from a key to a point.
+    - `descend`: from a point to a `Solution` (a flow, EM, your own loop).
+    - `inspect`: from the point it ends at to a finding, e.g. `classify`.
+    - `draws`: how many. `batch`: how many are run at once; it bounds memory and does
+      not change what draw i is.
+
+    **Raises:** `ValueError` if `draws` or `batch` is not a whole number >= 1.
+    """
+
+    initialize: Callable[[Key], P]
+    descend: Callable[[P], Solution[P]]
+    inspect: Callable[[P], F]
+    draws: int = eqx.field(static=True)
+    batch: int = eqx.field(static=True, default=64)
+
+    def __check_init__(self):
+        for name in ("draws", "batch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+
+
+class Outcome(eqx.Module, Generic[P, F]):
+    """One `Solution` and one finding per draw: every leaf is a numpy array with a
+    leading axis of draws. `seconds`: of the first batch, compilation included, and of
+    all others."""
+
+    solution: Solution[P]
+    finding: F
+    seconds: dict[str, float]
+
+
+@contextlib.contextmanager
+def precision(dtype: str):
+    """A context in which new arrays have this dtype, whatever jax's global flag.
+
+    **Raises:** `ValueError` unless dtype is float64 or float32.
+    """
+    if dtype not in ("float64", "float32"):
+        raise ValueError(f"dtype={dtype!r} must be float64 or float32")
+    with jax.enable_x64(dtype == "float64"):
+        yield
+
+
+def find_device(name: str | None) -> jax.Device:
+    """The first device of a kind: cpu, gpu, tpu; `None` is jax's own choice.
+
+    **Raises:** `ValueError` if there is none.
+    """
+    if name is None:
+        return jax.devices()[0]
+    present = sorted({device.platform for device in jax.devices()} | {"cpu"})
+    try:
+        return jax.devices(name)[0]
+    except RuntimeError:
+        extra = {"gpu": "jax[cuda13]", "cuda": "jax[cuda13]", "tpu": "jax[tpu]"}
+        install = f"install {extra[name]} or " if name in extra else ""
+        raise ValueError(
+            f"device={name} asked, but JAX sees only {', '.join(present)}: "
+            f"{install}use --device {present[0]}"
+        ) from None
+
+
+def run_study(
+    study: Study[P, F],
+    key: Key,
+    *,
+    dtype: str = "float64",
+    device: str | None = None,
+    progress: bool | None = None,
+) -> Outcome[P, F]:
+    """Runs every draw. Draw i depends on `study`, `key` and i only.
+
+    **Arguments:**
+
+    - `dtype`: all of the study's arrays are converted to it, and it holds whatever
+      jax's global flag says.
+    - `device`: cpu, gpu or tpu.
+    - `progress`: a bar of draws done on stderr; by default when that is a terminal.
+
+    **Raises:** `ValueError` for an unknown dtype or a device that is not there. A draw
+    that fails is no error: its `result` says so and it stays in the denominator.
+    """
+    with precision(dtype), jax.default_device(find_device(device)):
+        convert = lambda leaf: (
+            jnp.asarray(leaf, dtype) if eqx.is_inexact_array(leaf) else leaf
+        )
+        study = jax.tree.map(convert, study)
+        batch = min(study.batch, study.draws)
+        chunks, seconds = [], []
+        # tqdm: None means off where stderr is no terminal.
+        hide = None if progress is None else not progress
+        with tqdm(total=study.draws, unit=" draws", disable=hide) as bar:
+            for start in range(0, study.draws, batch):
+                began = time.perf_counter()
+                count = min(batch, study.draws - start)
+                # A short last chunk repeats its last draw: one shape, one compilation.
+                ids = np.minimum(np.arange(start, start + batch), start + count - 1)
+                chunk = jax.device_get(_run_chunk(study, key, jnp.asarray(ids)))
+                chunks.append(jax.tree.map(lambda leaf: leaf[:count], chunk))  # noqa: B023
+                bar.update(count)
+                seconds.append(time.perf_counter() - began)
+    solution, finding = jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
+    timing = {"first batch": seconds[0], "other batches": sum(seconds[1:])}
+    return Outcome(solution, finding, timing)
+
+
+@eqx.filter_jit
+def _run_chunk(study, key, ids) -> Any:
+    def one(draw):
+        return study.descend(study.initialize(jr.fold_in(key, draw)))
+
+    solution = jax.vmap(one)(ids)
+    # One after the other: most verdicts are cheap and skip the Hessian, which vmap
+    # would form for all.
+    finding = jax.lax.map(study.inspect, solution.point)
+    return solution, finding
+
+
+class Fraction(eqx.Module):
+    """How often, of how many, and what that says.
+
+    - `low`, `high`: the exact (Clopper-Pearson) 95 % interval of the probability.
+    - `outer_low`, `outer_high`: its least lower and greatest upper end when the
+      undecided draws, counted both ways, are allowed for.
+    """
+
+    count: int
+    draws: int
+    undecided: int
+    low: float
+    high: float
+    outer_low: float
+    outer_high: float
+
+    @property
+    def estimate(self) -> float:
+        return self.count / self.draws
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.count} of {self.draws}, 95 % interval "
+            f"[{self.low:.4f}, {self.high:.4f}]"
+        )
+        if self.undecided:
+            text += (
+                f", [{self.outer_low:.4f}, {self.outer_high:.4f}] with "
+                f"{self.undecided} undecided"
+            )
+        return text
+
+
+def fraction(flags: Array | np.ndarray, undecided: Array | np.ndarray | None = None):
+    """The `Fraction` of draws for which `flags` is true.
+
+    `undecided` marks draws (not among the flags) whose answer is open; they stay in
+    the denominator.
+
+    **Raises:** `ValueError` for no draws, for anything but truth values, or for a
+    draw that is both flagged and undecided.
+
+    *Reference:* Clopper, Pearson (1934); `scipy.stats.binomtest`.
+    """
+    flags = _truths("flags", flags)
+    unknown = np.zeros_like(flags) if undecided is None else _truths("undecided", undecided)
+    if unknown.shape != flags.shape:
+        raise ValueError(
+            f"flags has {flags.size} draws and undecided {unknown.size}: both must "
+            "be of the same draws"
+        )
+    if np.any(flags & unknown):
+        raise ValueError("a draw is both in flags and undecided: it can only be one")
+    count, left, draws = int(flags.sum()), int(unknown.sum()), flags.size
+    low, high = clopper_pearson(count, draws)
+    return Fraction(
+        count,
+        draws,
+        left,
+        low,
+        high,
+        low,
+        clopper_pearson(count + left, draws)[1],
+    )
+
+
+def clopper_pearson(count: int, draws: int) -> tuple[float, float]:
+    """The exact 95 % interval for the probability of `count` out of `draws`."""
+    # Imported late: scipy.stats costs half a second.
+    from scipy.stats import binomtest
+
+    interval = binomtest(count, draws).proportion_ci(0.95, method="exact")
+    return float(interval.low), float(interval.high)
+
+
+def _truths(name, values):
+    values = np.asarray(values)
+    if values.dtype != bool or values.ndim != 1 or values.size == 0:
+        raise ValueError(
+            f"{name} must be a list of at least one truth value, one per draw, got "
+            f"{values.dtype} of shape {values.shape}"
+        )
+    return values

@@ -1,0 +1,4 @@
+"""What is known in closed form, one file per family, named as in `models`."""
+
+from .base import AbstractTheory as AbstractTheory, Match as Match
+from .linear import LinearTheory as LinearTheory

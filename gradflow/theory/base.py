@@ -1,0 +1,65 @@
+"""What is proved about one energy, in the form that verdicts need."""
+
+import abc
+from typing import Generic
+
+import equinox as eqx
+from jaxtyping import Array, Bool, Float, Int
+
+from ..models.base import AbstractEnergy
+from ..types import P, Scalar
+
+
+class Match(eqx.Module):
+    """How a point compares with the critical points that the theory knows.
+
+    - `critical`: it is one of them, to rounding, with every decision about what is
+      zero backed by a gap; a point that is merely close is not.
+    - `optimal`, `strict`, `nonstrict`: of which kind (none may be known).
+    - `modes`: the modes of the nearest critical point; `value`: the energy there.
+    - `rank`, `rank_gap`: rank of that point, and how sharply the point at hand has it
+      (the first dropped singular value over the last kept; 0 is perfect).
+    """
+
+    critical: Bool[Array, ""]
+    optimal: Bool[Array, ""]
+    strict: Bool[Array, ""]
+    nonstrict: Bool[Array, ""]
+    modes: Bool[Array, " modes"]
+    value: Scalar
+    rank: Int[Array, ""]
+    rank_gap: Scalar
+
+
+class AbstractTheory(eqx.Module, Generic[P]):
+    """What is proved about one energy.
+
+    To implement your own: state the energy and these methods. A theory never uses a
+    flow or a solver; that it agrees with them is what the tests are for.
+    """
+
+    energy: eqx.AbstractVar[AbstractEnergy[P]]
+
+    @abc.abstractmethod
+    def optimal_energy(self) -> Scalar:
+        """The least value of the energy."""
+
+    @abc.abstractmethod
+    def spectrum(self) -> Float[Array, " modes"]:
+        """The numbers that decide, one per mode of the data, descending."""
+
+    @abc.abstractmethod
+    def active(self, point: P) -> Bool[Array, " modes"]:
+        """Which modes of the data `point` has learned."""
+
+    @abc.abstractmethod
+    def certificate(self, point: P) -> Bool[Array, ""]:
+        """Whether the exact flow from `point` is certain to end at a global minimum."""
+
+    @abc.abstractmethod
+    def match(self, point: P) -> Match:
+        """How `point` compares with the known critical points."""
+
+    @abc.abstractmethod
+    def remaining(self, point: P) -> Scalar:
+        """Predicted time to leave the neighborhood of the nearest critical point."""

@@ -1,0 +1,17 @@
+"""Every test runs in float64, with implicit promotion of ranks and types refused."""
+
+import jax
+import jax.random as jr
+import pytest
+
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def getkey():
+    """A function that returns a new key at each call, the same ones in every run."""
+    counter = iter(range(1_000_000))
+    return lambda: jr.fold_in(jr.key(2024), next(counter))

@@ -28,8 +28,8 @@ class AbstractFlow(eqx.Module, Generic[P]):
         """$\\dot x$ at `point`."""
 
     def speed(self, point: P) -> Scalar:
-        r"""$\|\dot x\|_g$; for a gradient flow its square is $-\mathrm{d}E/\mathrm{d}t$.
-        """
+        r"""$\|\dot x\|_g$, the square root of $-\mathrm{d}E/\mathrm{d}t$ for a gradient
+        flow."""
         velocity = self.velocity(point)
         return jnp.sqrt(self.manifold.inner(point, velocity, velocity))
 

@@ -61,12 +61,12 @@ class Report:
         """The rows as a Markdown table, aligned to be read as plain text too."""
         head = list(self.rows[0])
         body = [[_cell(row[key]) for key in head] for row in self.rows]
-        wide = [
-            max(len(line[i]) for line in [head, *body]) for i in range(len(head))
-        ]
+        wide = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
         lines = [head, ["-" * width for width in wide], *body]
         return "\n".join(
-            "| " + " | ".join(c.ljust(w) for c, w in zip(line, wide, strict=True)) + " |"
+            "| "
+            + " | ".join(c.ljust(w) for c, w in zip(line, wide, strict=True))
+            + " |"
             for line in lines
         )
 

@@ -21,6 +21,7 @@ from typing import Any, cast, Generic
 import diffrax
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -51,6 +52,11 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "The starting point or its velocity is not finite; start nearer to 0 or "
         "rescale the data."
     )
+
+
+# Inherited, which type checkers take to be of the parent's type.
+SUCCESSFUL = cast(RESULTS, RESULTS.successful)
+TSIT5 = diffrax.Tsit5()
 
 
 class Solution(eqx.Module, Generic[P]):
@@ -128,14 +134,14 @@ class Descent(eqx.Module, Generic[P]):
             rejected=jnp.zeros((), dtype=int),
             finished=jnp.array(False),
             waiting=jnp.array(False),
-            result=RESULTS.successful,
+            result=SUCCESSFUL,
             solver_state=solver_state,
             control_state=control_state,
         )
         velocity = self.flow.velocity(point)
         finite = _all_finite(point) & _all_finite(velocity)
         met, met_result = self._at_rest(point)
-        result = RESULTS.where(met, met_result, RESULTS.successful)
+        result = RESULTS.where(met, met_result, SUCCESSFUL)
         result = RESULTS.where(finite, result, RESULTS.not_finite)
         state = eqx.tree_at(
             lambda s: (s.finished, s.result), state, (met | ~finite, result)
@@ -162,7 +168,7 @@ class Descent(eqx.Module, Generic[P]):
             candidate,
             None,
             error,
-            self.solver.error_order(terms),
+            cast(Any, self.solver.error_order(terms)),
             state.control_state,
         )
         next_size = jnp.asarray(end - start, dtype=size.dtype)
@@ -176,18 +182,18 @@ class Descent(eqx.Module, Generic[P]):
         point = jax.tree.map(select, candidate, state.point)
         time = jnp.where(keep, state.time + size, state.time)
         time = jnp.where(keep & landing, horizon, time)
-        steps = state.steps + keep.astype(int)
-        rejected = state.rejected + (~keep).astype(int)
+        steps = state.steps + jnp.where(keep, 1, 0)
+        rejected = state.rejected + jnp.where(keep, 0, 1)
 
         # In order of precedence, last wins.
         met, met_result = self._at_rest(point)
         vanished = next_size <= VANISHED * state.first_step_size
         exhausted = steps + rejected >= self.max_steps
         arrived = keep & landing
-        own_result = RESULTS.promote(solver_result)
-        failed = keep & (own_result != RESULTS.successful)
-        result = RESULTS.where(failed, own_result, RESULTS.successful)
-        finished = failed
+        own_result = cast(RESULTS, RESULTS.promote(solver_result))
+        failed = keep & (own_result != SUCCESSFUL)
+        result = RESULTS.where(failed, own_result, SUCCESSFUL)
+        finished = jnp.asarray(failed)
         for condition, member in (
             (vanished, RESULTS.step_size_vanished),
             (exhausted, RESULTS.max_steps_reached),
@@ -236,7 +242,7 @@ class Descent(eqx.Module, Generic[P]):
 
     def _at_rest(self, point: P):
         if self.stop is None:
-            return self.flow.speed(point) <= self.tolerance, RESULTS.successful
+            return self.flow.speed(point) <= self.tolerance, SUCCESSFUL
         return jnp.asarray(self.stop(point)), RESULTS.rule_met
 
 
@@ -250,8 +256,8 @@ def integrate(
     stop: Callable[[P], Bool[Array, ""]] | None = None,
     times: Float[Array, " times"] | None = None,
     observe: Mapping[str, Callable[[P], PyTree[Array]]] | None = None,
-    method: diffrax.AbstractSolver | Sequence[diffrax.AbstractSolver] = diffrax.Tsit5(),
-    max_steps: int = 16384,
+    method: diffrax.AbstractSolver | Sequence[diffrax.AbstractSolver] = TSIT5,
+    max_steps: int | Int[Array, ""] = 16384,
     throw: bool = True,
 ) -> Solution[P]:
     r"""Integrates $\dot x = v(x)$ from `point0`.
@@ -369,7 +375,7 @@ def _resume(state):
         state,
         (
             state.finished & ~again,
-            RESULTS.where(again, RESULTS.successful, state.result),
+            RESULTS.where(again, SUCCESSFUL, state.result),
         ),
     )
 
@@ -467,7 +473,7 @@ def _checked_tolerances(tolerance, rtol, dtype):
 
 
 def _check_positive(name, value):
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.Array):
         return
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise ValueError(f"{name} must be a number > 0, got {value!r}")
@@ -493,7 +499,7 @@ def _raise_failure(solution):
     """Raises for a run that failed; a horizon reached is no failure."""
     result = solution.result
     fine = (
-        (result == RESULTS.successful)
+        (result == SUCCESSFUL)
         | (result == RESULTS.rule_met)
         | (result == RESULTS.horizon_reached)
     )

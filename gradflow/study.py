@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
-from .solve import Solution
+from .solve import RESULTS, Solution
 from .types import Key, P
 
 
@@ -24,7 +25,9 @@ class Study(eqx.Module, Generic[P, F]):
     """Three functions composed over many draws.
 
     - `initialize`: from a key to a point.
-    - `descend`: from a point to a `Solution` (a flow, EM, your own loop).
+    - `descend`: from a point to a `Solution` (a flow, EM, your own loop). Or several of
+      them: each goes on with the draws for which the one before it ran out of steps,
+      gathered together, so that few slow draws do not hold up a whole batch.
     - `inspect`: from the point it ends at to a finding, e.g. `classify`.
     - `draws`: how many. `batch`: how many are run at once; it bounds memory and does
       not change what draw i is.
@@ -33,7 +36,7 @@ class Study(eqx.Module, Generic[P, F]):
     """
 
     initialize: Callable[[Key], P]
-    descend: Callable[[P], Solution[P]]
+    descend: Callable[[P], Solution[P]] | tuple[Callable[[P], Solution[P]], ...]
     inspect: Callable[[P], F]
     draws: int = eqx.field(static=True)
     batch: int = eqx.field(static=True, default=64)
@@ -49,7 +52,7 @@ class Study(eqx.Module, Generic[P, F]):
 
 class Outcome(eqx.Module, Generic[P, F]):
     """One `Solution` and one finding per draw: every leaf is a numpy array with a
-    leading axis of draws. `seconds`: of the first batch, compilation included, and of
+    leading axis of draws. `seconds`: of first batches, compilation included, and of
     all others."""
 
     solution: Solution[P]
@@ -69,7 +72,7 @@ def precision(dtype: str):
         yield
 
 
-def find_device(name: str | None) -> jax.Device:
+def find_device(name: str | None) -> Any:
     """The first device of a kind: cpu, gpu, tpu; `None` is jax's own choice.
 
     **Raises:** `ValueError` if there is none.
@@ -113,35 +116,90 @@ def run_study(
             jnp.asarray(leaf, dtype) if eqx.is_inexact_array(leaf) else leaf
         )
         study = jax.tree.map(convert, study)
-        batch = min(study.batch, study.draws)
-        chunks, seconds = [], []
+        seconds = {"first batches": 0.0, "other batches": 0.0}
         # tqdm: None means off where stderr is no terminal.
         hide = None if progress is None else not progress
         with tqdm(total=study.draws, unit=" draws", disable=hide) as bar:
-            for start in range(0, study.draws, batch):
-                began = time.perf_counter()
-                count = min(batch, study.draws - start)
-                # A short last chunk repeats its last draw: one shape, one compilation.
-                ids = np.minimum(np.arange(start, start + batch), start + count - 1)
-                chunk = jax.device_get(_run_chunk(study, key, jnp.asarray(ids)))
-                chunks.append(jax.tree.map(lambda leaf: leaf[:count], chunk))  # noqa: B023
-                bar.update(count)
-                seconds.append(time.perf_counter() - began)
-    solution, finding = jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
-    timing = {"first batch": seconds[0], "other batches": sum(seconds[1:])}
-    return Outcome(solution, finding, timing)
+            solution = _descend_all(study, key, seconds, bar)
+            finding = _in_batches(
+                partial(_inspect, study.inspect),
+                solution.point,
+                study,
+                seconds,
+                lambda found: None,
+            )
+    return Outcome(solution, finding, seconds)
+
+
+def _descend_all(study, key, seconds, bar):
+    stages = study.descend if isinstance(study.descend, tuple) else (study.descend,)
+
+    def count(solution):
+        bar.update(int(np.sum(solution.result != RESULTS.max_steps_reached)))
+
+    points = _in_batches(
+        partial(_initialize, study.initialize, key),
+        np.arange(study.draws),
+        study,
+        seconds,
+        lambda points: None,
+    )
+    solution = _in_batches(partial(_descend, stages[0]), points, study, seconds, count)
+    for descend in stages[1:]:
+        left = np.flatnonzero(solution.result == RESULTS.max_steps_reached)
+        if left.size == 0:
+            break
+        before = jax.tree.map(lambda leaf: leaf[left], solution)  # noqa: B023
+        after = _in_batches(
+            partial(_descend, descend), before.point, study, seconds, count
+        )
+        after = eqx.tree_at(lambda s: s.time, after, before.time + after.time)
+        for name in ("steps", "rejected"):
+            if name in after.stats:
+                after.stats[name] = before.stats[name] + after.stats[name]
+        for old, new in zip(
+            jax.tree.leaves(solution), jax.tree.leaves(after), strict=True
+        ):
+            old[left] = new
+    bar.update(bar.total - bar.n)
+    return solution
+
+
+def _in_batches(function, inputs, study, seconds, done):
+    """`function` of all draws, a batch at a time, as numpy arrays."""
+    total = jax.tree.leaves(inputs)[0].shape[0]
+    results = []
+    for start in range(0, total, study.batch):
+        began = time.perf_counter()
+        count = min(study.batch, total - start)
+        # A short batch repeats its last draw: one shape, one compilation.
+        size = min(study.batch, study.draws)
+        rows = np.minimum(np.arange(start, start + size), start + count - 1)
+        batch = jax.tree.map(lambda leaf: leaf[rows], inputs)  # noqa: B023
+        result = jax.device_get(function(batch))
+        result = jax.tree.map(lambda leaf: np.array(leaf[:count]), result)  # noqa: B023
+        results.append(result)
+        done(result)
+        stage = "first batches" if start == 0 else "other batches"
+        seconds[stage] += time.perf_counter() - began
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
 
 
 @eqx.filter_jit
-def _run_chunk(study, key, ids) -> Any:
-    def one(draw):
-        return study.descend(study.initialize(jr.fold_in(key, draw)))
+def _initialize(initialize, key, draws):
+    return jax.vmap(lambda draw: initialize(jr.fold_in(key, draw)))(draws)
 
-    solution = jax.vmap(one)(ids)
+
+@eqx.filter_jit
+def _descend(descend, points):
+    return jax.vmap(descend)(points)
+
+
+@eqx.filter_jit
+def _inspect(inspect, points):
     # One after the other: most verdicts are cheap and skip the Hessian, which vmap
     # would form for all.
-    finding = jax.lax.map(study.inspect, solution.point)
-    return solution, finding
+    return jax.lax.map(inspect, points)
 
 
 class Fraction(eqx.Module):
@@ -189,7 +247,9 @@ def fraction(flags: Array | np.ndarray, undecided: Array | np.ndarray | None = N
     *Reference:* Clopper, Pearson (1934); `scipy.stats.binomtest`.
     """
     flags = _truths("flags", flags)
-    unknown = np.zeros_like(flags) if undecided is None else _truths("undecided", undecided)
+    unknown = (
+        np.zeros_like(flags) if undecided is None else _truths("undecided", undecided)
+    )
     if unknown.shape != flags.shape:
         raise ValueError(
             f"flags has {flags.size} draws and undecided {unknown.size}: both must "

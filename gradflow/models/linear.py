@@ -2,7 +2,7 @@ r"""Linear networks and the squared loss.
 
 | on paper | in code |
 |---|---|
-| $X \in R^{d_x \times n}$, $Y \in R^{d_y \times n}$ | data, as `Moments` divided by $n$ |
+| $X, Y$ with $n$ columns | data, as `Moments` divided by $n$ |
 | $W_1, \dots, W_N$ | `DeepLinear.weights`, first applied first, each `"out in"` |
 | $d_0, \dots, d_N$ and $N$ | `DeepLinear.widths`, `DeepLinear.depth` |
 | $W = W_N \cdots W_1$ | `matrix()` |
@@ -105,7 +105,7 @@ class DeepLinear(AbstractLinearNetwork):
             jnp.linalg.norm(upper.T @ upper - lower @ lower.T)
             for lower, upper in zip(self.weights[:-1], self.weights[1:], strict=True)
         ]
-        return jnp.max(jnp.stack(gaps)) if gaps else jnp.zeros_like(self.weights[0][0, 0])
+        return jnp.max(jnp.stack([*gaps, jnp.zeros_like(self.weights[0][0, 0])]))
 
 
 def invariants(network: DeepLinear) -> tuple[Float[Array, "_ _"], ...]:

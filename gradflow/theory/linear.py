@@ -2,7 +2,9 @@ r"""Deep linear networks: every critical point, and what kind it is.
 
 | on paper | in code |
 |---|---|
-| $C = XX^\top$, $Q = YX^\top C^{-1/2} = \sum_j \sigma_j u_j v_j^\top$ | `moments.xx`, `q`, `left`, `singular_values`, `right` |
+| $C = XX^\top$ | `moments.xx` |
+| $Q = YX^\top C^{-1/2}$ | `q` |
+| $Q = \sum_j \sigma_j u_j v_j^\top$ | `left`, `singular_values`, `right` |
 | $r = \min_j d_j$ | `rank` |
 | $J$ | `modes` |
 | $T = W C^{1/2}$ | whitened product |
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -176,7 +179,10 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
         upper = self.left[:, kept] * self.singular_values[None, kept]
         if depth == 1:
             return DeepLinear((upper @ lower,))
-        weights = [jnp.zeros((out, into), self.left.dtype) for into, out in _pairs(widths)]
+        weights = [
+            jnp.zeros((out, into), self.left.dtype)
+            for into, out in itertools.pairwise(widths)
+        ]
         for j in range(1, depth - 1):
             weights[j] = weights[j].at[:size, :size].set(jnp.eye(size))
         weights[0] = weights[0].at[:size].set(lower)
@@ -203,8 +209,7 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
         return int(swaps + idle)
 
     def threshold(self) -> Scalar:
-        """The second smallest distinct critical value; infinite if there is one only.
-        """
+        """The second smallest distinct critical value, or infinity."""
         return self.optimal_energy() + self._least_gap()
 
     def _least_gap(self) -> Scalar:
@@ -230,10 +235,12 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
 
         *Reference:* Bah et al. 2020, section 3 (convergence) and Proposition 32.
         """
-        # Rounding of the excess, from sums of squares of this size.
-        whitened = self._whitened(point)
-        noise = 1e-13 * (jnp.sum(whitened**2) + jnp.sum(self.singular_values**2))
-        return self.excess(point) + noise < (1 - 1e-6) * self._least_gap()
+        # The energy and not `excess`: it costs no product of two wide sides.
+        energy = self.energy(point)
+        total = energy + jnp.trace(self.energy.moments.yy)
+        noise = 500 * jnp.finfo(energy.dtype).eps * total
+        least_gap = (1 - 1e-6) * self._least_gap()
+        return energy - self.optimal_energy() + noise < least_gap
 
     def active(self, point: AbstractLinearNetwork) -> Bool[Array, " modes"]:
         r"""The modes $J$ of the critical point nearest in whitened coordinates.
@@ -253,8 +260,7 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
         return (place < learned) & (values > 0)
 
     def match(self, point: AbstractLinearNetwork) -> Match:
-        """How `point` compares with the critical points of $L^N$; see `second_order`.
-        """
+        """How `point` compares with the critical points of $L^N$."""
         modes = self.active(point)
         squares = self.singular_values**2
         size = jnp.sum(modes)
@@ -323,9 +329,3 @@ def _require_definite(xx):
             f"moments.restrict({rank}), or drop constant and repeated columns"
         )
     return xx
-
-
-def _pairs(widths):
-    return zip(widths[:-1], widths[1:], strict=True)
-
-

@@ -6,8 +6,9 @@ projectors $P_j = (W_j \cdots W_1)\, T_k^+\, (W_N \cdots W_{j+1})$ satisfy
 $W_j P_{j-1} = P_j W_j$, so every factor is the sum of an active part (product $T_k$)
 and a residual $R_j = (1 - P_j) W_j (1 - P_{j-1})$ (product $T - T_k$). In this form
 
-- the point is critical iff $T_k$ is, and $A_j^\top Q_\perp B_j^\top = 0$ for the partial
-  products $A_j, B_j$ of the residuals, where $Q_\perp$ is what $T_k$ leaves of $Q$;
+- the point is critical iff $T_k$ is, and $A_j^\top Q_\perp B_j^\top = 0$ for the
+  partial products $A_j, B_j$ of the residuals, where $Q_\perp$ is what $T_k$ leaves
+  of $Q$;
 - it is a strict saddle iff $T_k$ is not best of its rank, or for some $i > j$ both
   $R_{i-1} \cdots R_{j+1} \ne 0$ and $A_i^\top Q_\perp B_j^\top \ne 0$.
 
@@ -20,6 +21,8 @@ networks: a second-order analysis* (2021): a pivot $(i, j)$ is *tightened* iff o
 its two complementary blocks has rank $k$. Ranks of the whole blocks are $k$ plus those
 of the residual blocks, hence the form above.
 """
+
+import math
 
 import equinox as eqx
 import jax
@@ -66,8 +69,8 @@ def examine(
     norms = [jnp.linalg.norm(r) for r in residuals]
     depth = len(factors)
     above, below = _partial_products(residuals, split)
-    above_norms = [jnp.prod(jnp.stack([*norms[j:], 1.0 + 0 * norms[0]])) for j in range(depth + 1)]
-    below_norms = [jnp.prod(jnp.stack([*norms[:j], 1.0 + 0 * norms[0]])) for j in range(depth + 1)]
+    above_norms = [math.prod(norms[j:]) for j in range(depth + 1)]
+    below_norms = [math.prod(norms[:j]) for j in range(depth + 1)]
     left_over = jnp.linalg.norm(split.left_over)
 
     def block(i, j):
@@ -163,7 +166,9 @@ def _split(factors, q, rank) -> _Split:
     product = below[-1]
     left, values, right = jnp.linalg.svd(product, full_matrices=False)
     kept = jnp.arange(values.size) < rank
-    inverse = (right.T * jnp.where(kept & (values > 0), 1 / values, 0)[None, :]) @ left.T
+    inverse = (
+        right.T * jnp.where(kept & (values > 0), 1 / values, 0)[None, :]
+    ) @ left.T
     projectors = [below[j] @ inverse @ above[j] for j in range(depth + 1)]
     complements = [eye(p.shape[0]) - p for p in projectors]
     norms = [jnp.linalg.norm(p) for p in projectors]
@@ -179,9 +184,11 @@ def _split(factors, q, rank) -> _Split:
         jnp.linalg.norm(gap @ right.T, axis=0), jnp.linalg.norm(left.T @ gap, axis=1)
     )
     stands_out = values > KEPT * largest
-    matched = jnp.all(jnp.where(kept, (errors <= MATCHED * largest) & stands_out, True))
+    matched = jnp.all(~kept | ((errors <= MATCHED * largest) & stands_out))
     last = jnp.where(rank > 0, values[jnp.maximum(rank - 1, 0)], largest)
-    following = jnp.where(rank < values.size, values[jnp.minimum(rank, values.size - 1)], 0)
+    following = jnp.where(
+        rank < values.size, values[jnp.minimum(rank, values.size - 1)], 0
+    )
     rank_gap = following / jnp.where(last > 0, last, 1)
     left_over = complements[-1] @ q @ complements[0]
     tiny = jnp.linalg.norm(left_over) <= MATCHED * jnp.linalg.norm(q)

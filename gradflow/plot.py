@@ -1,0 +1,126 @@
+"""Figures: a `Report` drawn. Theory is a thin black line, measurement is color."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .report import Report
+
+
+# Okabe and Ito's colors, told apart by color-blind readers too.
+COLORS = {
+    "global minimum": "#0072B2",
+    "saddle": "#D55E00",
+    "undecided": "#999999",
+    "diverged": "#000000",
+}
+RUNS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+STYLE = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 150,
+    "savefig.dpi": 200,
+    "legend.frameon": False,
+}
+
+
+def convergence(report: Report) -> Any:
+    """The figure of the `convergence` experiment: losses above, outcomes below."""
+    import matplotlib.pyplot as plt
+
+    panels = report.figure["panels"]
+    columns = min(len(panels), 4)
+    bands = -(-len(panels) // columns)
+    with plt.style.context(STYLE):
+        figure = plt.figure(
+            figsize=(max(2.0 * columns, 5.5), 1.9 * bands + 0.8 + 0.3 * len(panels)),
+            layout="constrained",
+        )
+        grid = figure.add_gridspec(
+            bands + 1,
+            columns,
+            height_ratios=[*([1.9] * bands), 0.8 + 0.3 * len(panels)],
+        )
+        for i, panel in enumerate(panels):
+            row, column = divmod(i, columns)
+            axes = figure.add_subplot(grid[row, column])
+            losses(panel, axes)
+            if column == 0:
+                axes.set_ylabel("loss above the least")
+        outcomes(report.rows, figure.add_subplot(grid[bands, :]))
+    return figure
+
+
+def losses(panel: dict[str, Any], axes: Any) -> Any:
+    """Loss above the least against time, one line per run, with the critical values
+    where runs pause as thin black lines."""
+    energies = [run for run in panel["energies"] if any(v is not None for v in run)]
+    for color, run in zip(RUNS * len(energies), energies, strict=False):
+        values = np.array([np.nan if v is None else v for v in run], dtype=float)
+        axes.plot(
+            panel["times"], np.where(values > 0, values, np.nan), color=color, lw=1
+        )
+    for value in panel["lines"]:
+        axes.axhline(value, color="black", lw=0.6, zorder=0)
+    lines = panel["lines"]
+    if energies and lines:
+        highest = max(v for run in energies for v in run if v is not None)
+        axes.set_ylim(0.03 * min(lines), 2 * max(highest, max(lines)))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("time")
+    axes.set_title(panel["title"], fontsize=8)
+    return axes
+
+
+def outcomes(rows: list[dict[str, Any]], axes: Any) -> Any:
+    """Stacked bars of what the draws of each row came to, undecided ones never
+    hidden, with the exact 95 % interval of the global fraction and the count."""
+    places = np.arange(len(rows))[::-1]
+    left = np.zeros(len(rows))
+    for name, color in COLORS.items():
+        share = np.array([row[name] / row["draws"] for row in rows])
+        axes.barh(places, share, left=left, height=0.55, color=color, label=name)
+        left = left + share
+    for place, row in zip(places, rows, strict=True):
+        share = row["global minimum"] / row["draws"]
+        spread = [[share - row["95 % low"]], [row["95 % high"] - share]]
+        axes.errorbar(share, place, xerr=spread, color="black", capsize=2.5, lw=0.8)
+        axes.text(
+            1.015, place, f"{row['global minimum']} of {row['draws']}", va="center"
+        )
+    axes.set_yticks(places, [f"depth {r['depth']}, scale {r['scale']:g}" for r in rows])
+    axes.set_xlim(0, 1.0)
+    axes.set_xlabel("fraction of draws, 95 % interval of the global fraction")
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(COLORS), fontsize=7
+    )
+    return axes
+
+
+# The figure of each experiment.
+FIGURES = {"convergence": convergence}
+
+
+def save(report: Report, folder: Path) -> list[Path]:
+    """Draws a report's figure into `folder` as PNG and PDF; returns their paths.
+
+    **Raises:** `ValueError` if the report's experiment has no figure.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    if report.experiment not in FIGURES:
+        raise ValueError(
+            f"{report.experiment} has no figure: figures exist for {', '.join(FIGURES)}"
+        )
+    figure = FIGURES[report.experiment](report)
+    paths = [folder / f"{report.experiment}.{kind}" for kind in ("png", "pdf")]
+    for path in paths:
+        figure.savefig(path)
+    plt.close(figure)
+    return paths

@@ -5,10 +5,12 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 3 undecided draws under `--st
 130 interrupted.
 """
 
+import dataclasses
 import importlib
 import sys
+import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Toml
@@ -18,7 +20,14 @@ from .experiments import NAMES
 
 app = App(
     name="gradflow",
-    help="Where does gradient flow go? Certified verdicts on many runs.",
+    help=(
+        "Where does gradient flow go? Certified verdicts on many runs. Errors are one "
+        "line; --debug shows where they come from."
+    ),
+    # `main` has a message for it.
+    suppress_keyboard_interrupt=False,
+    # `--depths 2 3`, and no flag for an empty list: none may be empty.
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
 )
 run_app = App(name="run", help="Run an experiment; its settings are its flags.")
 app.command(run_app)
@@ -35,8 +44,8 @@ Strict = Annotated[
 @app.command
 def demo(*, out: Out = Path("gradflow-demo"), quiet: Quiet = False) -> int:
     """Deep linear autoencoders on MNIST: where do a thousand runs end?"""
-    experiment = _experiment("convergence")
-    return _run(experiment, experiment.Config(), out, quiet, strict=False)
+    config = _experiment("convergence").Config()
+    return _run("convergence", config, out, quiet, strict=False)
 
 
 @app.command(name="list")
@@ -57,46 +66,52 @@ def plot(folder: Path, /) -> int:
     folder
         A folder written by `gradflow run` or `gradflow demo`.
     """
-    from .plot import save
     from .report import read_report
 
-    for path in save(read_report(folder), folder):
+    for path in _draw(read_report(folder), folder):
         print(path)
     return 0
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits; every error is one line on stderr."""
+    """Runs the command line and exits; every error is one line on stderr.
+
+    `--debug` lets errors through with their traceback.
+    """
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     try:
         code = _dispatch(tokens)
     except KeyboardInterrupt:
-        code = _complain("stopped; nothing of this run was written", 130)
+        code = _complain("stopped", 130)
     except CycloptsError as error:
         code = _complain(str(error), 2)
-    except ValueError as error:
+    except Exception as error:
         if debug:
             raise
-        code = _complain(str(error), 2)
-    except (RuntimeError, OSError) as error:
-        if debug:
-            raise
-        code = _complain(str(error), 1)
+        code = _complain(*_explained(error))
     sys.exit(code)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """What the user is told of an error, and the exit code."""
+    if isinstance(error, ValueError):
+        return str(error), 2
+    if isinstance(error, (RuntimeError, OSError)) and str(error):
+        return str(error), 1
+    return f"{type(error).__name__}: {error}; --debug shows where it comes from", 1
 
 
 def _dispatch(tokens: list[str]) -> int:
     if tokens[:1] == ["run"]:
         for name in NAMES:
-            _register(name)
+            if name not in run_app:
+                _register(name)
         tokens, file = _without_config(tokens)
-        if file is not None:
-            # cyclopts checks the file's keys as it checks flags.
-            run_app.config = Toml(
-                file, must_exist=True, use_commands_as_keys=False, allow_unknown=False
-            )
+        # cyclopts checks the file's keys as it checks flags.
+        settings = Toml(file or "", use_commands_as_keys=False, allow_unknown=False)
+        run_app.config = (_check_whole,) if file is None else (settings, _check_whole)
     result = app(
         tokens, exit_on_error=False, print_error=False, result_action="return_value"
     )
@@ -108,14 +123,14 @@ def _register(name: str) -> None:
     experiment = _experiment(name)
 
     def command(
-        settings: Any = None,
         *,
+        settings: Any = None,
         out: Out = Path(f"gradflow-{name}"),
         quiet: Quiet = False,
         strict: Strict = False,
     ) -> int:
         chosen = experiment.Config() if settings is None else settings
-        return _run(experiment, chosen, out, quiet, strict)
+        return _run(name, chosen, out, quiet, strict)
 
     command.__annotations__["settings"] = experiment.Config | None
     help_text = f"{experiment.CLAIM} Settings can be read from a TOML file: --config."
@@ -130,20 +145,48 @@ def _without_config(tokens: list[str]) -> tuple[list[str], Path | None]:
         if token == "--config" or token.startswith("--config="):
             _, equals, value = token.partition("=")
             value = value if equals else next(remaining, "")
+            if not value:
+                raise ValueError("--config needs the name of a TOML file")
             file = Path(value)
-            if not file.is_file():
-                raise ValueError(f"--config {value}: there is no such file")
+            _check_toml(file)
         else:
             rest.append(token)
     return rest, file
 
 
-def _run(experiment: Any, config: Any, out: Path, quiet: bool, strict: bool) -> int:
-    from .plot import save
+def _check_whole(app: App, commands: tuple[str, ...], arguments: Any) -> None:
+    """Refuses `--draws 2.5`, which cyclopts would round."""
+    del app, commands
+    for argument in arguments:
+        if int in (argument.hint, *get_args(argument.hint)):
+            for token in argument.tokens:
+                if "." in token.value:
+                    name = argument.name.lstrip("-")
+                    raise ValueError(
+                        f"{name} must be a whole number, got {token.value}"
+                    )
 
-    report = experiment.run(config, progress=False if quiet else None)
+
+def _check_toml(file: Path) -> None:
+    if not file.is_file():
+        raise ValueError(f"--config {file}: there is no such file")
+    try:
+        tomllib.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--config {file} is not valid TOML: {error}") from None
+
+
+def _run(name: str, config: Any, out: Path, quiet: bool, strict: bool) -> int:
+    from .report import check_folder
+
+    # Before hours of computing, not after.
+    check_folder(out, name, dataclasses.asdict(config))
+    try:
+        report = _experiment(name).run(config, progress=False if quiet else None)
+    except KeyboardInterrupt:
+        return _complain("stopped; nothing of this run was written", 130)
     report.write(out)
-    figures = save(report, out)
+    figures = _draw(report, out)
     if not quiet:
         print(f"{report.claim}\n\n{report.table()}\n")
         for note in report.notes:
@@ -156,6 +199,16 @@ def _run(experiment: Any, config: Any, out: Path, quiet: bool, strict: bool) -> 
         print(f"wrote {', '.join(names)} to {out}")
     undecided = sum(row["undecided"] for row in report.rows)
     return 3 if strict and undecided else 0
+
+
+def _draw(report: Any, folder: Path) -> list[Path]:
+    import matplotlib
+
+    # No window, wherever this runs.
+    matplotlib.use("agg")
+    from .plot import save
+
+    return save(report, folder)
 
 
 def _experiment(name: str) -> Any:

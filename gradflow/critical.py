@@ -84,8 +84,8 @@ def classify(
     **Arguments:**
 
     - `curvature_tol`: eigenvalues of the Hessian count as negative below minus this
-      times the largest in absolute value. (Hessian of the energy in a chart: at a
-      critical point its inertia does not depend on the metric.)
+      times the largest in absolute value, or 1 if that is less. (Hessian of the energy
+      in a chart: at a critical point its inertia does not depend on the metric.)
 
     *Reference:* rules 2 and 3 are those of the theory.
     """
@@ -163,7 +163,8 @@ def _inertia(flow, point, curvature_tol):
     origin = jnp.zeros((size,), dtype=jax.tree.leaves(point)[0].dtype)
     hessian = jax.hessian(lambda step: flow.energy(chart(step)))(origin)
     values = jnp.linalg.eigvalsh(hessian)
-    scale = jnp.maximum(jnp.abs(values[0]), jnp.abs(values[-1]))
+    # At a point where the Hessian vanishes all of its eigenvalues are rounding.
+    scale = jnp.maximum(1.0, jnp.maximum(jnp.abs(values[0]), jnp.abs(values[-1])))
     return values[0], jnp.sum(values < -curvature_tol * scale)
 
 

@@ -105,7 +105,9 @@ class BalancedInit(eqx.Module):
     def __call__(self, key: Key) -> DeepLinear:
         rank, depth = min(self.widths), len(self.widths) - 1
         left, values, right = jnp.linalg.svd(self.product, full_matrices=False)
-        root = values[:rank] ** (1 / depth)
+        # The N-th root of rounding is no rounding: at depth 5, 1e-16 becomes 6e-4.
+        noise = max(self.product.shape) * jnp.finfo(values.dtype).eps * values[0]
+        root = jnp.where(values > noise, values, 0.0)[:rank] ** (1 / depth)
         frames = [right[:rank].T]
         for k, _, out in _layers(key, self.widths[:-1]):
             frames.append(_frame(k, out, rank))
@@ -162,7 +164,8 @@ class NearPoint(eqx.Module):
     """A given point moved by exactly `distance` (Euclidean, over all entries): in a
     random direction, or along `direction` if there is one.
 
-    **Raises:** `ValueError` if `distance` is not a finite number >= 0.
+    **Raises:** `ValueError` if `distance` is not a finite number >= 0, or if
+    `direction` is 0.
     """
 
     point: PyTree[Float[Array, "..."]]
@@ -175,6 +178,10 @@ class NearPoint(eqx.Module):
                 raise ValueError(
                     f"distance must be a finite number >= 0, got {self.distance}"
                 )
+        moves = jax.tree.leaves(self.direction)
+        known = not any(isinstance(move, jax.core.Tracer) for move in moves)
+        if moves and known and not any(np.any(move) for move in moves):
+            raise ValueError("direction is 0: leave it out for a random one")
 
     def __call__(self, key: Key):
         leaves, structure = jax.tree.flatten(self.point)
@@ -252,5 +259,7 @@ def _check_scale(scale):
         scale, (int, float, np.number, jax.Array)
     ):
         raise ValueError(f"scale must be a number > 0, got {scale!r}")
-    if not isinstance(scale, jax.Array) and not (scale > 0 and math.isfinite(scale)):
+    if isinstance(scale, jax.core.Tracer):
+        return
+    if not np.all((np.asarray(scale) > 0) & np.isfinite(np.asarray(scale))):
         raise ValueError(f"scale must be a finite number > 0, got {scale}")

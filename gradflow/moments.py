@@ -118,6 +118,11 @@ class Moments(eqx.Module):
 
         **Raises:** as `from_data`; rows are then counted over all batches.
         """
+        if not isinstance(batches, Iterable):
+            raise ValueError(
+                f"batches is a {type(batches).__name__}: give an iterable of arrays x "
+                "or of pairs (x, y)"
+            )
         sums = _Sums(center)
         paired = False
         for index, batch in enumerate(batches):
@@ -188,6 +193,8 @@ class Moments(eqx.Module):
         **Raises:** a `ValueError` if `dimension` is more than the rank of `xx`, where
         that rank is known (not under `jit`).
         """
+        if isinstance(dimension, bool) or not isinstance(dimension, int | np.integer):
+            raise ValueError(f"dimension must be a whole number, got {dimension!r}")
         if dimension < 1:
             raise ValueError(f"dimension={dimension} must be at least 1")
         if dimension > len(self.xx):

@@ -56,28 +56,38 @@ def convergence(report: Report) -> Any:
 def losses(panel: dict[str, Any], axes: Any) -> Any:
     """Loss above the least against time, one line per run, with the critical values
     where runs pause as thin black lines."""
-    energies = [run for run in panel["energies"] if any(v is not None for v in run)]
-    for color, run in zip(RUNS * len(energies), energies, strict=False):
-        values = np.array([np.nan if v is None else v for v in run], dtype=float)
-        axes.plot(
-            panel["times"], np.where(values > 0, values, np.nan), color=color, lw=1
-        )
-    for value in panel["lines"]:
+    times = _numbers(panel["times"])
+    runs = [_numbers(run) for run in panel["energies"]]
+    # What a logarithmic axis can show.
+    runs = [np.where(np.isfinite(run) & (run > 0), run, np.nan) for run in runs]
+    runs = [run for run in runs if not np.isnan(run).all()]
+    for color, run in zip(RUNS * len(runs), runs, strict=False):
+        axes.plot(times, run, color=color, lw=1)
+    lines = [value for value in panel["lines"] if value > 0]
+    for value in lines:
         axes.axhline(value, color="black", lw=0.6, zorder=0)
-    lines = panel["lines"]
-    if energies and lines:
-        highest = max(v for run in energies for v in run if v is not None)
+    if runs and lines:
+        highest = max(np.nanmax(run) for run in runs)
         axes.set_ylim(0.03 * min(lines), 2 * max(highest, max(lines)))
+    axes.set_title(panel["title"], fontsize=8)
+    if not runs:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no run to draw", ha="center", transform=axes.transAxes)
+        return axes
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("time")
-    axes.set_title(panel["title"], fontsize=8)
     return axes
 
 
 def outcomes(rows: list[dict[str, Any]], axes: Any) -> Any:
     """Stacked bars of what the draws of each row came to, undecided ones never
-    hidden, with the exact 95 % interval of the global fraction and the count."""
+    hidden, with the exact 95 % interval of the global fraction (thin: with undecided
+    draws counted both ways) and the count."""
+    from matplotlib.patheffects import Normal, Stroke
+
+    # Seen on every color of bar.
+    outlined = [Stroke(linewidth=2.4, foreground="white"), Normal()]
     places = np.arange(len(rows))[::-1]
     left = np.zeros(len(rows))
     for name, color in COLORS.items():
@@ -85,33 +95,40 @@ def outcomes(rows: list[dict[str, Any]], axes: Any) -> Any:
         axes.barh(places, share, left=left, height=0.55, color=color, label=name)
         left = left + share
     for place, row in zip(places, rows, strict=True):
-        share = row["global minimum"] / row["draws"]
-        spread = [[share - row["95 % low"]], [row["95 % high"] - share]]
-        axes.errorbar(share, place, xerr=spread, color="black", capsize=2.5, lw=0.8)
-        axes.text(
-            1.015, place, f"{row['global minimum']} of {row['draws']}", va="center"
+        ends = [row["95 % low"], row["95 % high"]]
+        outer = [row["outer low"], row["outer high"]]
+        axes.plot(outer, [place, place], "k-", lw=0.5, path_effects=outlined)
+        axes.plot(
+            ends, [place, place], "k|-", lw=1.2, ms=5, path_effects=outlined, zorder=3
         )
+        count = f"{row['global minimum']} of {row['draws']}"
+        axes.text(1.015, place, count, va="center")
     axes.set_yticks(places, [f"depth {r['depth']}, scale {r['scale']:g}" for r in rows])
     axes.set_xlim(0, 1.0)
-    axes.set_xlabel("fraction of draws, 95 % interval of the global fraction")
+    label = "fraction of draws, 95 % interval of the global fraction"
+    if any(row["undecided"] for row in rows):
+        label += " (thin: undecided both ways)"
+    axes.set_xlabel(label)
     axes.legend(
         loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(COLORS), fontsize=7
     )
     return axes
 
 
+def _numbers(values: Any) -> np.ndarray:
+    """An array of what may come from memory or from JSON, where NaN is null."""
+    return np.array([np.nan if v is None else v for v in values], dtype=float)
+
+
 # The figure of each experiment.
 FIGURES = {"convergence": convergence}
 
 
-def save(report: Report, folder: Path) -> list[Path]:
+def save(report: Report, folder: Path | str) -> list[Path]:
     """Draws a report's figure into `folder` as PNG and PDF; returns their paths.
 
     **Raises:** `ValueError` if the report's experiment has no figure.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     if report.experiment not in FIGURES:
@@ -119,8 +136,9 @@ def save(report: Report, folder: Path) -> list[Path]:
             f"{report.experiment} has no figure: figures exist for {', '.join(FIGURES)}"
         )
     figure = FIGURES[report.experiment](report)
-    paths = [folder / f"{report.experiment}.{kind}" for kind in ("png", "pdf")]
-    for path in paths:
-        figure.savefig(path)
+    paths = [Path(folder) / f"{report.experiment}.{kind}" for kind in ("png", "pdf")]
+    with plt.style.context(STYLE):
+        for path in paths:
+            figure.savefig(path)
     plt.close(figure)
     return paths

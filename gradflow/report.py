@@ -59,6 +59,8 @@ class Report:
 
     def table(self) -> str:
         """The rows as a Markdown table, aligned to be read as plain text too."""
+        if not self.rows:
+            return "(no rows)"
         head = list(self.rows[0])
         body = [[_cell(row[key]) for key in head] for row in self.rows]
         wide = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
@@ -73,73 +75,126 @@ class Report:
     def write(self, folder: Path) -> None:
         """Writes `report.json` and `report.md`, each whole or not at all.
 
-        **Raises:** `ValueError` if the folder holds the report of other settings.
+        **Raises:** as `check_folder`.
         """
+        folder = Path(folder)
+        check_folder(folder, self.experiment, self.config)
         folder.mkdir(parents=True, exist_ok=True)
-        existing = folder / "report.json"
-        if existing.exists():
-            found = read_report(folder)
-            mine = json.loads(self.to_json())
-            if (found.experiment, found.config) != (mine["experiment"], mine["config"]):
-                raise ValueError(
-                    f"{folder} holds a report of {found.experiment} with other "
-                    "settings: give a new folder with --out"
-                )
-        write_whole(existing, self.to_json().encode())
+        write_whole(folder / "report.json", self.to_json().encode())
         write_whole(folder / "report.md", self.to_markdown().encode())
 
 
-def read_report(folder: Path) -> Report:
+def read_report(folder: Path | str) -> Report:
     """Reads what `Report.write` wrote.
 
     **Raises:** `ValueError` if there is none or it is damaged.
     """
-    path = folder / "report.json"
+    path = Path(folder) / "report.json"
     if not path.is_file():
         raise ValueError(
             f"{folder} has no report.json: give a folder written by gradflow run"
         )
     try:
-        return Report(**json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): run the study again") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (RecursionError, ValueError) as error:
+        raise _damaged(path, str(error)) from None
+    expected = {
+        "experiment": str,
+        "claim": str,
+        "config": dict,
+        "environment": dict,
+        "rows": list,
+        "notes": list,
+        "figure": dict,
+        "seconds": dict,
+    }
+    if not isinstance(content, dict) or content.keys() != expected.keys():
+        raise _damaged(path, f"its keys are not {', '.join(expected)}")
+    for key, kind in expected.items():
+        if not isinstance(content[key], kind):
+            raise _damaged(path, f"{key} is no {kind.__name__}")
+    return Report(**content)
+
+
+def check_folder(folder: Path, experiment: str, config: dict[str, Any]) -> None:
+    """Checks that a report of this experiment with these settings can go to `folder`.
+
+    **Raises:** `ValueError` if it is no folder, can't be written to, or holds the
+    report of other settings or a damaged one.
+    """
+    present = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
+        reason = "not writable" if present.is_dir() else "no folder"
+        raise ValueError(f"{present} is {reason}: give another folder with --out")
+    if not (folder / "report.json").exists():
+        return
+    found = read_report(folder)
+    mine = json.loads(json.dumps(_plain(config)))
+    differ = [
+        f"{key} was {found.config.get(key)}, now {mine.get(key)}"
+        for key in {**found.config, **mine}
+        if found.config.get(key) != mine.get(key)
+    ]
+    if found.experiment != experiment:
+        differ = [f"experiment was {found.experiment}, now {experiment}"]
+    if differ:
+        what = "; ".join(differ[:3]) + "; ..." * (len(differ) > 3)
+        raise ValueError(
+            f"{folder} holds a report of {found.experiment} with other settings "
+            f"({what}): give a new folder with --out"
+        )
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged ({what}): move it away and run the study again"
+    )
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file so that a crash leaves the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def environment(dtype: str, device: Any) -> dict[str, Any]:
     """What the numbers may depend on beside the settings."""
-    versions = {name: importlib.metadata.version(name) for name in VERSIONED}
     return {
         "python": platform.python_version(),
-        **versions,
+        **{name: _version(name) for name in VERSIONED},
         "device": f"{device.platform} ({device.device_kind})",
         "dtype": dtype,
     }
 
 
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray) or hasattr(value, "__jax_array__"):
-        return _plain(np.asarray(value).tolist())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return _plain(value.item())
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
-    return _plain(np.asarray(value).tolist())
+    array = np.asarray(value)
+    if array.dtype == object and array.ndim == 0:
+        raise ValueError(f"{value!r} can't be stored: give numbers, text, lists, dicts")
+    return _plain(array.tolist())
 
 
 def _cell(value: Any) -> str:

@@ -200,7 +200,7 @@ class Descent(eqx.Module, Generic[P]):
             (arrived, RESULTS.horizon_reached),
             (keep & met, met_result),
         ):
-            result = RESULTS.where(condition, member, result)
+            result = RESULTS.where(condition, cast(RESULTS, member), result)
             finished = finished | condition
         return State(
             point,
@@ -271,8 +271,9 @@ def integrate(
     - `stop`: a predicate on points, looked at after each step, that replaces the speed
       test. `theory.certificate` stops as soon as the limit is certain.
     - `times`, `observe`: run to `times[-1]` and evaluate each function of `observe`
-      (by default the energy) at each time. Neither rule then ends the run early, and
-      trajectories are kept only through `observe`.
+      (by default the energy) at each time, as floating numbers: NaN where a run that
+      failed never came. Neither rule then ends the run early, and trajectories are
+      kept only through `observe`.
     - `method`: a diffrax solver, or several: each takes over where the one before it
       has used its `max_steps`.
     - `throw`: raise if the run fails. Pass `False` under `vmap` and read `result`.
@@ -284,8 +285,10 @@ def integrate(
     dtype = _checked_dtype(point0)
     tolerance, rtol = _checked_tolerances(tolerance, rtol, dtype)
     _check_positive("horizon", horizon)
-    _check_positive("max_steps", max_steps)
+    _check_positive("max_steps", max_steps, whole=True)
     methods = tuple(method) if isinstance(method, Sequence) else (method,)
+    if not methods:
+        raise ValueError("method is empty: give at least one diffrax solver")
     descents = tuple(
         Descent(
             flow,
@@ -343,7 +346,9 @@ def _run(descents, point, targets, functions):
         seen = {name: function(last.point) for name, function in functions.items()}
         # What a failed run never reached is NaN; its result says why.
         failed = last.time < target
-        seen = jax.tree.map(lambda x: jnp.where(failed, jnp.nan, x), seen)
+        seen = jax.tree.map(
+            lambda x: jnp.where(failed, jnp.nan, _floating(x, target.dtype)), seen
+        )
         return tuple(states), seen
 
     zero = jnp.zeros_like(targets[0])
@@ -402,6 +407,12 @@ def _select(condition, new, old):
         lambda a, b: jnp.where(condition, a, b), dynamic_new, dynamic_old
     )
     return eqx.combine(chosen, static)
+
+
+def _floating(array, dtype):
+    """Flags and counts as floating numbers, among which there is a NaN."""
+    array = jnp.asarray(array)
+    return array if jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(dtype)
 
 
 def _never(point) -> Bool[Array, ""]:
@@ -472,11 +483,15 @@ def _checked_tolerances(tolerance, rtol, dtype):
     return tolerance, rtol
 
 
-def _check_positive(name, value):
-    if isinstance(value, jax.Array):
+def _check_positive(name, value, whole=False):
+    if isinstance(value, jax.core.Tracer):
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise ValueError(f"{name} must be a number > 0, got {value!r}")
+    if isinstance(value, jax.Array) and value.shape == ():
+        value = value.item()
+    types = (int, np.integer) if whole else (int, float, np.number)
+    if isinstance(value, bool) or not isinstance(value, types):
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"{name} must be {kind} > 0, got {value!r}")
     if not value > 0:
         raise ValueError(f"{name} must be > 0, got {value}")
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array
 from tqdm import tqdm
 
 from .solve import RESULTS, Solution
@@ -32,7 +31,8 @@ class Study(eqx.Module, Generic[P, F]):
     - `draws`: how many. `batch`: how many are run at once; it bounds memory and does
       not change what draw i is.
 
-    **Raises:** `ValueError` if `draws` or `batch` is not a whole number >= 1.
+    **Raises:** `ValueError` if `draws` or `batch` is not a whole number >= 1, or if
+    one of the others can't be called.
     """
 
     initialize: Callable[[Key], P]
@@ -48,6 +48,18 @@ class Study(eqx.Module, Generic[P, F]):
                 raise ValueError(f"{name} must be a whole number, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        if isinstance(self.descend, tuple) and not self.descend:
+            raise ValueError("descend is empty: give at least one function of a point")
+        for name in ("initialize", "descend", "inspect"):
+            value = getattr(self, name)
+            stages = isinstance(value, tuple) and name == "descend"
+            for function in value if stages else (value,):
+                if not callable(function):
+                    of = "a key" if name == "initialize" else "a point"
+                    raise ValueError(
+                        f"{name} must be a function of {of}, got "
+                        f"{type(function).__name__}"
+                    )
 
 
 class Outcome(eqx.Module, Generic[P, F]):
@@ -108,9 +120,11 @@ def run_study(
     - `device`: cpu, gpu or tpu.
     - `progress`: a bar of draws done on stderr; by default when that is a terminal.
 
-    **Raises:** `ValueError` for an unknown dtype or a device that is not there. A draw
-    that fails is no error: its `result` says so and it stays in the denominator.
+    **Raises:** `ValueError` for a key that is none, an unknown dtype or a device that
+    is not there. A draw that fails is no error: its `result` says so and it stays in
+    the denominator.
     """
+    _check_key(key)
     with precision(dtype), jax.default_device(find_device(device)):
         convert = lambda leaf: (
             jnp.asarray(leaf, dtype) if eqx.is_inexact_array(leaf) else leaf
@@ -129,6 +143,17 @@ def run_study(
                 lambda found: None,
             )
     return Outcome(solution, finding, seconds)
+
+
+def _check_key(key):
+    array = isinstance(key, jax.Array)
+    typed = array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = array and key.dtype == jnp.uint32
+    if not (typed and key.shape == () or raw and key.shape == (2,)):
+        raise ValueError(
+            f"key must be one key such as jax.random.key(0), got {type(key).__name__} "
+            f"of shape {np.shape(key)}"
+        )
 
 
 def _descend_all(study, key, seconds, bar):
@@ -235,7 +260,7 @@ class Fraction(eqx.Module):
         return text
 
 
-def fraction(flags: Array | np.ndarray, undecided: Array | np.ndarray | None = None):
+def fraction(flags: Any, undecided: Any = None) -> Fraction:
     """The `Fraction` of draws for which `flags` is true.
 
     `undecided` marks draws (not among the flags) whose answer is open; they stay in
@@ -280,7 +305,10 @@ def clopper_pearson(count: int, draws: int) -> tuple[float, float]:
 
 
 def _truths(name, values):
-    values = np.asarray(values)
+    try:
+        values = np.asarray(values)
+    except ValueError:  # ragged
+        values = np.asarray(values, dtype=object)
     if values.dtype != bool or values.ndim != 1 or values.size == 0:
         raise ValueError(
             f"{name} must be a list of at least one truth value, one per draw, got "

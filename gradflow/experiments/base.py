@@ -2,9 +2,18 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Literal
 
+import numpy as np
 from cyclopts import Parameter
+
+from ..solve import _checked_tolerances
+
+
+# Larger counts don't fit jax's 32-bit integers, larger seeds are cut to 32 bits there.
+LARGEST_COUNT = 2**31 - 1
+LARGEST_SEED = 2**32 - 1
 
 
 @Parameter(name="*")
@@ -36,8 +45,8 @@ class RunConfig:
 
     def __post_init__(self):
         for name in ("draws", "batch", "max_steps"):
-            whole_number(self, name, least=1)
-        whole_number(self, "seed", least=0)
+            whole_number(self, name, least=1, most=LARGEST_COUNT)
+        whole_number(self, "seed", least=0, most=LARGEST_SEED)
         for name in ("tolerance", "horizon"):
             positive(self, name, infinite=name == "horizon")
         if self.rtol is not None:
@@ -45,24 +54,28 @@ class RunConfig:
         one_of(self, "dtype", ("float64", "float32"))
         if self.device is not None:
             one_of(self, "device", ("cpu", "gpu", "tpu"))
+        # What `integrate` would refuse, before anything is computed.
+        _checked_tolerances(self.tolerance, self.rtol, np.dtype(self.dtype))
 
 
-def whole_number(config: object, name: str, *, least: int) -> None:
-    """Checks one field of a config, or each entry if it is a tuple."""
-    for value in _each(config, name):
-        if isinstance(value, bool) or not isinstance(value, int):
+def whole_number(config: object, name: str, *, least: int, most: int) -> None:
+    """Checks one field of a config, or each entry if its default is a tuple."""
+    for value in _values(config, name):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise ValueError(f"{name} must be a whole number, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")
+        if not least <= value <= most:
+            bound = f">= {least}" if value < least else f"<= {most}"
+            raise ValueError(f"{name} must be {bound}, got {value}")
 
 
 def positive(config: object, name: str, *, infinite: bool = False) -> None:
-    """Checks one field of a config, or each entry if it is a tuple."""
-    for value in _each(config, name):
-        if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+    """Checks one field of a config, or each entry if its default is a tuple."""
+    for value in _values(config, name):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise ValueError(f"{name} must be a number > 0, got {value!r}")
         if not value > 0 or (math.isinf(value) and not infinite):
-            raise ValueError(f"{name} must be a finite number > 0, got {value}")
+            finite = "" if infinite else "finite "
+            raise ValueError(f"{name} must be a {finite}number > 0, got {value}")
 
 
 def one_of(config: object, name: str, allowed: tuple[str, ...]) -> None:
@@ -72,9 +85,12 @@ def one_of(config: object, name: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
 
 
-def _each(config: object, name: str) -> tuple:
+def _values(config: object, name: str) -> tuple:
     value = getattr(config, name)
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if not values:
+    many = isinstance(value, (tuple, list))
+    if many != isinstance(getattr(type(config), name), tuple):
+        expected = "one value" if many else "a list of values"
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    if many and not value:
         raise ValueError(f"{name} is empty: give at least one value")
-    return values
+    return tuple(value) if many else (value,)

@@ -26,12 +26,12 @@ from ..initial import GaussianInit, OrthogonalInit, section7_widths
 from ..models.linear import SquaredLoss
 from ..moments import Moments
 from ..report import environment, Report
-from ..solve import integrate, RESULTS
+from ..solve import integrate, RESULTS, TOLERANCE_RATIO
 from ..solvers.stiff import stiff
 from ..study import find_device, fraction, Outcome, precision, run_study, Study
-from ..theory.linear import LinearTheory
+from ..theory.linear import LinearTheory, TIE
 from ..types import Key, names_of
-from .base import one_of, positive, RunConfig, whole_number
+from .base import LARGEST_COUNT, one_of, positive, RunConfig, whole_number
 
 
 CLAIM = (
@@ -74,17 +74,25 @@ class Config(RunConfig):
         one_of(self, "data", ("mnist", "mnist-quadrant", "gaussian", "teacher"))
         one_of(self, "start", ("gaussian", "orthogonal"))
         for name in ("dimension", "rank", "depths"):
-            whole_number(self, name, least=1)
-        whole_number(self, "curves", least=0)
+            whole_number(self, name, least=1, most=LARGEST_COUNT)
+        whole_number(self, "curves", least=0, most=LARGEST_COUNT)
         positive(self, "scales")
         if self.digit is not None:
-            whole_number(self, "digit", least=0)
-            if self.digit > 9:
-                raise ValueError(f"digit must be from 0 to 9, got {self.digit}")
+            whole_number(self, "digit", least=0, most=9)
+            if not self.data.startswith("mnist"):
+                raise ValueError(
+                    f"digit={self.digit} is for MNIST: leave it out with "
+                    f"data={self.data}"
+                )
         if self.rank > self.dimension:
             raise ValueError(
                 f"rank={self.rank} is larger than min(widths)={self.dimension}: raise "
                 "dimension or lower rank"
+            )
+        if 1 in self.depths and self.rank < self.dimension:
+            raise ValueError(
+                f"depths has 1, a network without a layer of width rank={self.rank}: "
+                f"take depths >= 2, or rank={self.dimension}"
             )
 
 
@@ -149,7 +157,8 @@ def _study(config: Config, theory: LinearTheory, depth: int, scale: float):
     # Few draws need many steps, so those that do go on together; and an implicit
     # method takes what an explicit one can't finish, if its Jacobian fits.
     stages: list[tuple[diffrax.AbstractSolver, int]]
-    stages = [(diffrax.Tsit5(), QUICK_STEPS), (diffrax.Tsit5(), config.max_steps)]
+    quick = min(QUICK_STEPS, config.max_steps)
+    stages = [(diffrax.Tsit5(), quick), (diffrax.Tsit5(), config.max_steps)]
     if weights <= LARGEST_IMPLICIT:
         stages.append((stiff(), config.max_steps))
     descents = tuple(
@@ -203,17 +212,28 @@ def _row(study: Study, outcome: Outcome) -> dict[str, Any]:
 
 
 def _notes(study: Study, outcome: Outcome) -> list[str]:
-    """Why each undecided draw is undecided (the first ten of a row)."""
+    """Why each undecided draw is undecided, and which draws are not finite (the first
+    ten of a row)."""
     kinds = names_of(KIND, outcome.finding.kind)
     results = names_of(RESULTS, outcome.solution.result)
     undecided = np.flatnonzero((kinds == "unresolved") | (kinds == "not_critical"))
     start = study.initialize
     where = f"depth {len(start.widths) - 1}, scale {float(start.scale):g}"
-    return [
+    notes = [
         f"{where}, draw {i}: {results[i]} at t={outcome.solution.time[i]:.4g}; "
         + describe(jax.tree.map(lambda leaf: leaf[i], outcome.finding))  # noqa: B023
         for i in undecided[:10]
     ]
+    if undecided.size > 10:
+        notes.append(f"{where}: and {undecided.size - 10} more undecided draws")
+    diverged = np.flatnonzero(kinds == "diverged")
+    if diverged.size:
+        listed = ", ".join(map(str, diverged[:10])) + ", ..." * (diverged.size > 10)
+        notes.append(
+            f"{where}: {diverged.size} of {study.draws} draws are not finite (draws "
+            f"{listed}); others are unaffected"
+        )
+    return notes
 
 
 def _panel(
@@ -228,16 +248,16 @@ def _panel(
         return {"title": title, "times": [], "energies": [], "lines": []}
     latest = min(3 * float(ends.max()), config.horizon)
     times = np.geomspace(1e-3 * latest, latest, CURVE_POINTS)
-    points = _starts(start, key, jnp.arange(config.curves))
-    energies = np.asarray(
-        _losses(GradientFlow(theory.energy), points, times, config.rtol or 1e-6)
-    )
+    points = _starts(start, key, jnp.arange(min(config.curves, config.draws)))
+    rtol = config.rtol or config.tolerance / TOLERANCE_RATIO
+    energies = np.asarray(_losses(GradientFlow(theory.energy), points, times, rtol))
     optimal = float(theory.optimal_energy())
+    highest = np.max(energies, initial=-np.inf, where=np.isfinite(energies))
     return {
         "title": title,
         "times": times,
         "energies": energies - optimal,
-        "lines": _lines(theory, float(np.nanmax(energies)), optimal),
+        "lines": _lines(theory, float(highest), optimal),
     }
 
 
@@ -262,4 +282,6 @@ def _lines(theory: LinearTheory, highest: float, optimal: float) -> list[float]:
     """The greedy chain of critical values above the least: modes learned in order of
     strength, where saddle-to-saddle runs pause."""
     chain = [float(theory.critical_energy(range(k))) for k in range(theory.rank)]
-    return [value - optimal for value in chain if value <= 1.05 * highest]
+    # Modes without strength give the least value again.
+    least = optimal + TIE * (chain[0] - optimal)
+    return [value - optimal for value in chain if least < value <= 1.05 * highest]

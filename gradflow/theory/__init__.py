@@ -1,4 +1,5 @@
 """What is known in closed form, one file per family, named as in `models`."""
 
+from . import dynamics as dynamics
 from .base import AbstractTheory as AbstractTheory, Match as Match
 from .linear import LinearTheory as LinearTheory

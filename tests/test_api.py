@@ -1,0 +1,86 @@
+"""What a user sees: the exported names, and an import without side effects."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import gradflow
+
+
+STUB = Path(gradflow.__file__).with_suffix(".pyi")
+# Changed only on purpose, with a line in CHANGELOG.md.
+NAMES = {
+    "AbstractFlow",
+    "BalancedInit",
+    "CriticalPoint",
+    "Descent",
+    "Fraction",
+    "GaussianInit",
+    "GradientFlow",
+    "KIND",
+    "Moments",
+    "NearPoint",
+    "OrthogonalInit",
+    "OrthonormalBalancedInit",
+    "Outcome",
+    "RESULTS",
+    "RULE",
+    "Report",
+    "Solution",
+    "Study",
+    "classify",
+    "datasets",
+    "describe",
+    "experiments",
+    "fraction",
+    "integrate",
+    "manifolds",
+    "models",
+    "names_of",
+    "plot",
+    "precision",
+    "read_report",
+    "run_study",
+    "section7_widths",
+    "solvers",
+    "theory",
+}
+
+
+def test_exported_names():
+    assert set(gradflow.__all__) == NAMES
+    for name in NAMES:
+        assert getattr(gradflow, name) is not None
+
+
+def test_exports_are_written_as_themselves():
+    """`X as X` is what makes a name public to type checkers."""
+    for node in ast.walk(ast.parse(STUB.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.asname == alias.name for alias in node.names)
+
+
+def test_import_has_no_side_effects():
+    code = """
+import sys
+import jax
+before = dict(jax.config.values)
+import gradflow
+for name in gradflow.__all__:
+    getattr(gradflow, name)
+import gradflow.cli
+assert dict(jax.config.values) == before, "jax config changed"
+assert "matplotlib" not in sys.modules, "matplotlib imported"
+assert "sklearn" not in sys.modules, "scikit-learn imported"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_bare_import_does_not_load_jax():
+    code = "import sys, gradflow, gradflow.cli; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

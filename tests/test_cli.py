@@ -1,0 +1,314 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradflow import Report
+from gradflow.cli import main
+from gradflow.experiments import convergence, NAMES
+
+
+GRADFLOW = str(Path(sys.executable).with_name("gradflow"))
+TINY = (
+    "run convergence --data gaussian --dimension 3 --rank 1 --draws 8 --depths 2 "
+    "--scales 0.3"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def call(capsys):
+    def call(*tokens):
+        with pytest.raises(SystemExit) as exit:
+            main([str(token) for token in tokens])
+        output = capsys.readouterr()
+        return exit.value.code, output.out, output.err
+
+    return call
+
+
+def _refuse_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def _report(folder):
+    text = (Path(folder) / "report.json").read_text()
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _snapshot(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+FILES = {"report.json", "report.md", "convergence.png", "convergence.pdf"}
+
+
+# ---- help and lists
+
+
+def test_help_is_quick():
+    def seconds():
+        # Processor time: what else runs on the machine is not counted.
+        before = os.times()
+        run = subprocess.run(
+            [GRADFLOW, "--help"], capture_output=True, text=True, check=True
+        )
+        after = os.times()
+        assert "Usage: gradflow" in run.stdout and run.stderr == ""
+        return (
+            after.children_user
+            + after.children_system
+            - before.children_user
+            - before.children_system
+        )
+
+    seconds()
+    assert sorted(seconds() for _ in range(3))[1] <= 0.5
+
+
+@pytest.mark.parametrize("tokens", [["--help"], ["--version"], ["rnu"], []])
+def test_jax_is_not_loaded_without_need(tokens):
+    code = (
+        "import sys\n"
+        "from gradflow.cli import main\n"
+        "try:\n"
+        f"    main({tokens})\n"
+        "except SystemExit:\n"
+        "    print('loaded', {'jax', 'numpy', 'matplotlib'} & sys.modules.keys())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines()[-1] == "loaded set()"
+
+
+def test_list(call):
+    code, out, err = call("list")
+    assert (code, err) == (0, "")
+    for name in NAMES:
+        assert f"{name}\n    " in out
+    assert convergence.CLAIM in out and convergence.COST in out
+
+
+def test_flags_are_the_settings(call):
+    code, out, err = call("run", "convergence", "--help")
+    assert (code, err) == (0, "")
+    for field in dataclasses.fields(convergence.Config):
+        assert f"--{field.name.replace('_', '-')} " in out
+    assert "--out" in out and "--config" in out and "--empty" not in out
+
+
+# ---- runs
+
+
+def test_run_writes_a_report_and_a_figure(call, folder):
+    code, out, err = call(*TINY, "--out", "new/a")
+    assert (code, err) == (0, "")
+    assert {path.name for path in (folder / "new" / "a").iterdir()} == FILES
+    report = _report("new/a")
+    assert report["experiment"] == "convergence"
+    assert report["config"]["data"] == "gaussian" and report["config"]["draws"] == 8
+    assert report["config"]["horizon"] == "inf"
+    assert report["config"].keys() == {
+        field.name for field in dataclasses.fields(convergence.Config)
+    }
+    assert len(report["rows"]) == 1 and report["rows"][0]["draws"] == 8
+    # What is printed is what is written.
+    markdown = (folder / "new" / "a" / "report.md").read_text()
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(table) == 3 and all(line in markdown.splitlines() for line in table)
+    assert out.startswith(convergence.CLAIM) and "float64 on cpu" in out
+    assert out.splitlines()[-1] == (
+        "wrote report.json, report.md, convergence.png, convergence.pdf to new/a"
+    )
+
+
+def test_same_seed_same_rows(call, folder):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert call(*TINY, "--quiet", "--seed", seed, "--out", name)[0] == 0
+    a, b, c = (_report(name) for name in "abc")
+    for part in ("rows", "notes", "figure", "config", "environment"):
+        assert a[part] == b[part]
+    assert a["rows"] != c["rows"]
+    # In a process of its own, whose jax has no flags set.
+    subprocess.run([GRADFLOW, *TINY, "--quiet", "--out", "d"], check=True)
+    d = _report("d")
+    assert d["rows"] == a["rows"] and d["figure"] == a["figure"]
+
+
+def test_quiet_prints_nothing(call):
+    assert call(*TINY, "--quiet", "--out", "a") == (0, "", "")
+
+
+def test_several_values(call):
+    tokens = [token for token in TINY if token != "0.3"]
+    tokens = [*tokens, "0.3", "0.2", "--scales", "0.1", "--quiet", "--out", "a"]
+    assert call(*tokens)[0] == 0
+    assert [row["scale"] for row in _report("a")["rows"]] == [0.3, 0.2, 0.1]
+
+
+def test_settings_from_a_file(call, folder):
+    (folder / "tiny.toml").write_text(
+        'data = "gaussian"\ndimension = 3\nrank = 1\ndraws = 8\ndepths = [2]\n'
+        "scales = [0.3]\nseed = 5\nhorizon = inf\n"
+    )
+    call("run", "convergence", "--config", "tiny.toml", "--quiet", "--out", "a")
+    call(
+        *("run", "convergence", "--seed", 6, "--config=tiny.toml", "--quiet"),
+        *("--out", "b"),
+    )
+    a, b = _report("a")["config"], _report("b")["config"]
+    assert (a["seed"], a["dimension"], a["depths"]) == (5, 3, [2])
+    assert b == a | {"seed": 6}
+    # The next call knows nothing of the file.
+    code, _, err = call("run", "convergence", "--rank", 17)
+    assert code == 2 and "min(widths)=16" in err
+
+
+def test_same_settings_may_run_again(call, folder):
+    call(*TINY, "--quiet", "--out", "a")
+    first = _report("a")
+    assert call(*TINY, "--quiet", "--out", "a")[0] == 0
+    assert _report("a")["rows"] == first["rows"]
+    assert {path.name for path in (folder / "a").iterdir()} == FILES
+
+
+def test_other_settings_overwrite_nothing(call, folder, monkeypatch):
+    call(*TINY, "--quiet", "--out", "a")
+    before = _snapshot(folder)
+    # And this is said before anything is computed.
+    monkeypatch.setattr(convergence, "run", None)
+    code, out, err = call(*TINY, "--seed", 1, "--out", "a")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "a holds a report of convergence with other settings" in err
+    assert "seed was 0, now 1" in err and "--out" in err
+    assert _snapshot(folder) == before
+
+
+def test_plot_draws_again(call, folder):
+    call(*TINY, "--quiet", "--out", "a")
+    for kind in ("png", "pdf"):
+        (folder / "a" / f"convergence.{kind}").unlink()
+    code, out, err = call("plot", "a")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == ["a/convergence.png", "a/convergence.pdf"]
+    assert {path.name for path in (folder / "a").iterdir()} == FILES
+
+
+def test_undecided_draws_are_an_error_only_when_strict(call):
+    code, out, err = call(*TINY, "--max-steps", 5, "--out", "a")
+    assert (code, err) == (0, "")
+    row = _report("a")["rows"][0]
+    assert 0 < row["undecided"] < 8
+    assert row["global minimum"] + row["undecided"] == 8
+    notes = _report("a")["notes"]
+    assert len(notes) == row["undecided"]
+    for note in notes:
+        assert "max_steps_reached" in note and note in out
+    code, _, err = call(*TINY, "--max-steps", 5, "--strict", "--out", "b")
+    assert (code, err) == (3, "")
+    assert _report("b")["rows"] == _report("a")["rows"]
+    assert call(*TINY, "--strict", "--quiet", "--out", "c")[0] == 0
+
+
+def test_demo(call, folder, monkeypatch):
+    asked = []
+    row = dict.fromkeys(("depth", "scale", "draws", "global minimum"), 1)
+    row |= dict.fromkeys(("saddle", "undecided", "diverged"), 0)
+    row |= {"95 % low": 0.025, "95 % high": 1.0, "outer low": 0.025, "outer high": 1.0}
+
+    def run(config, progress):
+        asked.append((config, progress))
+        panel = {"title": "", "times": [], "energies": [], "lines": []}
+        return Report(
+            *("convergence", "claim", dataclasses.asdict(config)),
+            *({"dtype": "float64", "device": "cpu"}, [row], []),
+            *({"panels": [panel]}, {}),
+        )
+
+    monkeypatch.setattr(convergence, "run", run)
+    code, out, err = call("demo")
+    assert (code, err) == (0, "") and out.startswith("claim\n")
+    assert {path.name for path in (folder / "gradflow-demo").iterdir()} == FILES
+    assert call("demo", "--quiet", "--out", "b") == (0, "", "")
+    assert asked == [(convergence.Config(), None), (convergence.Config(), False)]
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    "error, code, text",
+    [
+        (ValueError("rank is\ntoo high"), 2, "rank is too high\n"),
+        (RuntimeError("steps used up"), 1, "steps used up\n"),
+        (OSError(28, "No space left"), 1, "[Errno 28] No space left\n"),
+        (MemoryError(), 1, "MemoryError: ; --debug shows where it comes from\n"),
+        (KeyError("x"), 1, "KeyError: 'x'; --debug shows where it comes from\n"),
+        (KeyboardInterrupt(), 130, "stopped; nothing of this run was written\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_are_one_line(call, folder, monkeypatch, error, code, text):
+    def run(config, progress):
+        raise error
+
+    monkeypatch.setattr(convergence, "run", run)
+    assert call(*TINY, "--out", "a") == (code, "", text)
+    assert list(folder.iterdir()) == []
+    if isinstance(error, Exception):
+        with pytest.raises(type(error)):
+            main([*TINY, "--out", "a", "--debug"])
+
+
+def test_debug_shows_the_traceback():
+    command = [GRADFLOW, "plot", "nowhere"]
+    plain = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert plain.returncode == 2
+    assert plain.stderr.count("\n") == 1 and "Traceback" not in plain.stderr
+    command = [*command, "--debug"]
+    debug = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert debug.returncode != 0
+    assert debug.stderr.startswith("Traceback")
+    assert plain.stderr.strip() in debug.stderr
+
+
+def test_interrupt(folder):
+    # A run of hours that says when it is under way.
+    code = (
+        "import sys, gradflow.study\n"
+        "class Bar(gradflow.study.tqdm):\n"
+        "    def update(self, n=1):\n"
+        "        print('under way', flush=True)\n"
+        "gradflow.study.tqdm = Bar\n"
+        "from gradflow.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    tokens = [token if token != "8" else "500000" for token in TINY]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *tokens, "--out", "a"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "under way\n"
+        process.send_signal(signal.SIGINT)
+        error = process.stderr.read()
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.communicate()
+    assert error == "stopped; nothing of this run was written\n"
+    assert list(folder.iterdir()) == []

@@ -1,0 +1,111 @@
+"""The architecture, held: layers, firewall, twins, file length."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent / "gradflow"
+# A module imports only from lower numbers; within a level, only `base`.
+LEVELS = {
+    "types": 0,
+    "moments": 1,
+    "spectrum": 1,
+    "datasets": 1,
+    "data": 1,
+    "models": 2,
+    "manifolds": 2,
+    "theory": 3,
+    "flow": 3,
+    "initial": 3,
+    "solvers": 3,
+    "solve": 4,
+    "critical": 5,
+    "study": 6,
+    "report": 7,
+    "plot": 8,
+    "experiments": 8,
+    "cli": 9,
+}
+# Imports within a level that are wanted: data come as moments, moments use spectra;
+# theory's families share one second-order criterion; an experiment uses several.
+WITHIN = {
+    ("moments", "spectrum"),
+    ("datasets", "moments"),
+    ("datasets", "spectrum"),
+    ("data", "datasets"),
+    ("datasets", "data"),
+}
+# Files of theory without a twin in models: shared machinery, exact trajectories.
+WITHOUT_TWIN = {"base", "second_order", "dynamics"}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
+
+
+def module_of(path):
+    return path.relative_to(ROOT).with_suffix("").parts
+
+
+def imported(path):
+    """The gradflow modules a file imports, each as its parts below `gradflow`."""
+    parts = module_of(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            base = parts[: len(parts) - node.level]
+            target = (*base, *(node.module.split(".") if node.module else ()))
+            for alias in node.names:
+                yield target if node.module else (*target, alias.name)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module.split(".")[0] == "gradflow":
+                yield tuple(node.module.split(".")[1:])
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "gradflow":
+                    yield tuple(alias.name.split(".")[1:])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(module_of(path)))
+def test_layers(path):
+    parts = module_of(path)
+    for target in imported(path):
+        mine, theirs = LEVELS[parts[0]], LEVELS[target[0]]
+        within = parts[0] == target[0] or (parts[0], target[0]) in WITHIN
+        assert theirs < mine or within, f"{'/'.join(parts)} imports {target}"
+
+
+def test_firewall():
+    """Theory and numerics are two independent roads."""
+    numerics = {"flow", "solve", "initial", "solvers", "study"}
+    for path in FILES:
+        reached = {target[0] for target in imported(path)}
+        if module_of(path)[0] == "theory":
+            assert not reached & numerics, path
+        elif module_of(path)[0] in numerics:
+            assert "theory" not in reached, path
+
+
+def test_twins():
+    tests = Path(__file__).parent
+    names = lambda folder, start="": {
+        path.stem.removeprefix(start) for path in folder.glob(f"{start}*.py")
+    } - {"__init__", "base"}
+    families = names(ROOT / "models")
+    assert families == names(ROOT / "theory") - WITHOUT_TWIN
+    assert families <= names(tests / "models", "test_")
+    assert names(ROOT / "theory") <= names(tests / "theory", "test_")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(module_of(path)))
+def test_length(path):
+    """One idea per file: past 400 lines it is probably two."""
+    assert len(path.read_text().splitlines()) <= LONGER.get(path.name, 400)
+
+
+# Each with its reason: `solve` is one loop over one state, read as a whole.
+LONGER = {"solve.py": 600}
+
+
+def test_no_drawers():
+    drawers = {"utils", "misc", "helpers", "common", "core"}
+    for path in FILES:
+        assert not drawers & set(module_of(path))

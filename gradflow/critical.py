@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from .flow import AbstractFlow
+from .solve import Solution
 from .theory.base import AbstractTheory
 from .types import names_of, P, Scalar
 
@@ -13,6 +14,8 @@ from .types import names_of, P, Scalar
 # Above this many coordinates the dense Hessian is not formed (its eigenvalues cost
 # the cube of this).
 LARGEST_HESSIAN = 1024
+# A run that moved by more than this (relative) came from elsewhere.
+STAYED = 1e-12
 
 
 class KIND(eqx.Enumeration):
@@ -65,19 +68,22 @@ class CriticalPoint(eqx.Module):
 def classify(
     flow: AbstractFlow[P],
     theory: AbstractTheory[P],
-    point: P,
+    at: P | Solution[P],
     *,
     speed_tol: float = 1e-5,
     curvature_tol: float = 1e-8,
 ) -> CriticalPoint:
-    r"""Where the exact gradient flow goes from `point`, as far as that is certain.
+    r"""Where the exact gradient flow goes from a point, or from the end of a run, as
+    far as that is certain.
 
     In this order:
 
     1. not finite: `diverged`;
     2. `theory.certificate` holds: `global_minimum`;
-    3. `point` is a critical point to rounding: its kind by the theory's second-order
-       analysis. A point 1e-10 away is not one: it may leave, and is left open;
+    3. a critical point to rounding: its kind by the theory's second-order analysis. A
+       point 1e-10 away is not one: it may leave, and is left open. So is the end of a
+       run that moved to within rounding of a saddle: only if what keeps it there is
+       exactly 0 (a symmetric start, say) does its limit not depend on rounding;
     4. faster than `speed_tol`: `not_critical`;
     5. `unresolved`, with the predicted `remaining` time.
 
@@ -89,6 +95,8 @@ def classify(
 
     *Reference:* rules 2 and 3 are those of the theory.
     """
+    point = at.point if isinstance(at, Solution) else at
+    stayed = at.distance <= STAYED if isinstance(at, Solution) else jnp.array(True)
     energy, speed = flow.energy(point), flow.speed(point)
     leaves = jax.tree.leaves(point)
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
@@ -103,15 +111,15 @@ def classify(
         lambda: _inertia(flow, safe, curvature_tol),
         lambda: _no_inertia(energy),
     )
+    saddle_stays = stayed | match.exact
     remaining = jax.lax.cond(
-        open_case & ~match.critical,
+        open_case & ~(match.critical & saddle_stays),
         lambda: theory.remaining(safe),
         lambda: jnp.where(certified, jnp.zeros_like(energy), jnp.inf),
     )
     # The two second-order roads must not contradict each other.
-    nonstrict = match.nonstrict & ~(index > 0)
-    strict = match.strict & (index != 0)
-    closed_form = match.optimal | strict | nonstrict
+    nonstrict = match.nonstrict & saddle_stays & ~(index > 0)
+    strict = match.strict & saddle_stays & (index != 0)
 
     kind, rule = KIND.unresolved, RULE.none
     for condition, member, by in (
@@ -124,7 +132,6 @@ def classify(
     ):
         kind = KIND.where(condition, member, kind)
         rule = RULE.where(condition, by, rule)
-    del closed_form
     return CriticalPoint(
         kind,
         rule,
@@ -152,7 +159,10 @@ def describe(finding: CriticalPoint) -> str:
         evidence += f", smallest Hessian eigenvalue {float(finding.curvature):.3g}"
     if finding.kind == KIND.unresolved or finding.kind == KIND.not_critical:
         remaining = float(finding.remaining)
-        return f"{name} ({evidence}; about {remaining:.3g} more time to leave it)"
+        leaving = "no escape predicted"
+        if remaining < float("inf"):
+            leaving = f"about {remaining:.3g} more time to leave it"
+        return f"{name} ({evidence}; {leaving})"
     return f"{name} by {names_of(RULE, finding.rule)[()]} ({evidence})"
 
 

@@ -64,6 +64,8 @@ class Solution(eqx.Module, Generic[P]):
 
     - `point`, `energy`, `speed`, `time`: where the run ended, $E$ and the speed there,
       and when. Times are flow time (for loss divided by the number of samples).
+    - `distance`: how far the end is from the start, relative to its size. A run that
+      moved to within rounding of a saddle is not at it.
     - `times`, `history`: the observations asked for, or `None`.
     - `result`: a `RESULTS` member.
     - `stats`: `steps` accepted, `rejected` steps, and `rtol`.
@@ -73,6 +75,7 @@ class Solution(eqx.Module, Generic[P]):
     energy: Scalar
     speed: Scalar
     time: Scalar
+    distance: Scalar
     times: Float[Array, " times"] | None
     history: dict[str, PyTree[Array]] | None
     result: RESULTS
@@ -227,6 +230,7 @@ class Descent(eqx.Module, Generic[P]):
             self.flow.energy(state.point),
             self.flow.speed(state.point),
             state.time,
+            jnp.zeros_like(state.time),
             None,
             None,
             state.result,
@@ -366,8 +370,12 @@ def _run(descents, point, targets, functions):
     counts = [
         sum(getattr(state, name) for state in states) for name in ("steps", "rejected")
     ]
+    moved = root_mean_square(jax.tree.map(jnp.subtract, solution.point, point))
+    size = root_mean_square(solution.point)
     solution = eqx.tree_at(
-        lambda s: (s.stats["steps"], s.stats["rejected"]), solution, counts
+        lambda s: (s.distance, s.stats["steps"], s.stats["rejected"]),
+        solution,
+        (moved / jnp.where(size > 0, size, 1), *counts),
     )
     return solution, history
 
@@ -468,7 +476,7 @@ def _checked_tolerances(tolerance, rtol, dtype):
     if rtol is None:
         rtol = tolerance / TOLERANCE_RATIO
     _check_positive("rtol", rtol)
-    if rtol > tolerance / 100:
+    if rtol > 1.001 * tolerance / 100:
         raise ValueError(
             f"tolerance={tolerance:g} can't be reached with solver tolerance "
             f"{rtol:g}: the speed of a numerical run hovers some hundred times above "

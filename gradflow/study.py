@@ -27,7 +27,7 @@ class Study(eqx.Module, Generic[P, F]):
     - `descend`: from a point to a `Solution` (a flow, EM, your own loop). Or several of
       them: each goes on with the draws for which the one before it ran out of steps,
       gathered together, so that few slow draws do not hold up a whole batch.
-    - `inspect`: from the point it ends at to a finding, e.g. `classify`.
+    - `inspect`: from that solution to a finding, e.g. `classify`.
     - `draws`: how many. `batch`: how many are run at once; it bounds memory and does
       not change what draw i is.
 
@@ -37,7 +37,7 @@ class Study(eqx.Module, Generic[P, F]):
 
     initialize: Callable[[Key], P]
     descend: Callable[[P], Solution[P]] | tuple[Callable[[P], Solution[P]], ...]
-    inspect: Callable[[P], F]
+    inspect: Callable[[Solution[P]], F]
     draws: int = eqx.field(static=True)
     batch: int = eqx.field(static=True, default=64)
 
@@ -50,12 +50,12 @@ class Study(eqx.Module, Generic[P, F]):
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if isinstance(self.descend, tuple) and not self.descend:
             raise ValueError("descend is empty: give at least one function of a point")
-        for name in ("initialize", "descend", "inspect"):
+        takes = {"initialize": "a key", "descend": "a point", "inspect": "a solution"}
+        for name, of in takes.items():
             value = getattr(self, name)
             stages = isinstance(value, tuple) and name == "descend"
             for function in value if stages else (value,):
                 if not callable(function):
-                    of = "a key" if name == "initialize" else "a point"
                     raise ValueError(
                         f"{name} must be a function of {of}, got "
                         f"{type(function).__name__}"
@@ -137,7 +137,7 @@ def run_study(
             solution = _descend_all(study, key, seconds, bar)
             finding = _in_batches(
                 partial(_inspect, study.inspect),
-                solution.point,
+                solution,
                 study,
                 seconds,
                 lambda found: None,
@@ -178,7 +178,11 @@ def _descend_all(study, key, seconds, bar):
         after = _in_batches(
             partial(_descend, descend), before.point, study, seconds, count
         )
-        after = eqx.tree_at(lambda s: s.time, after, before.time + after.time)
+        after = eqx.tree_at(
+            lambda s: (s.time, s.distance),
+            after,
+            (before.time + after.time, before.distance + after.distance),
+        )
         for name in ("steps", "rejected"):
             if name in after.stats:
                 after.stats[name] = before.stats[name] + after.stats[name]
@@ -221,10 +225,10 @@ def _descend(descend, points):
 
 
 @eqx.filter_jit
-def _inspect(inspect, points):
+def _inspect(inspect, solutions):
     # One after the other: most verdicts are cheap and skip the Hessian, which vmap
     # would form for all.
-    return jax.lax.map(inspect, points)
+    return jax.lax.map(inspect, solutions)
 
 
 class Fraction(eqx.Module):

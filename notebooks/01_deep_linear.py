@@ -34,6 +34,7 @@
 
 # %%
 import os
+from importlib.metadata import version
 
 import diffrax
 import equinox as eqx
@@ -58,6 +59,8 @@ SMALL, TINY = 1e-3, 4e-5
 
 plt.rcParams.update(gf.plot.STYLE)
 plt.rcParams.update({"figure.dpi": 110})
+for package in ("gradflow", "jax", "diffrax", "equinox"):
+    print(package, version(package))
 
 # %% [markdown]
 # ## 1. Data enter through their second moments
@@ -137,8 +140,10 @@ print(f"steps     {int(run.stats['steps'])}")
 print(f"loss      {float(run.energy):.6f}, threshold {float(theory.threshold()):.6f}")
 
 # %% [markdown]
-# When the certificate holds the limit is certain, but the run is not there yet. To
-# watch it, we run again, further, and name what to observe. Besides the loss:
+# From that point on the limit of the exact flow is certain, but the run is not there
+# yet. (Up to that point the computed run follows the exact one to the solver's
+# tolerance, here 1e-9 per step.) To watch it, we run again, further, and name what to
+# observe. Besides the loss:
 #
 # - the singular values of $W(t)\,(XX^\top/n)^{1/2}$, which at a critical point are the
 #   $\sigma_j$ of the learned modes and 0 (when autoencoding, those of $W$ itself all
@@ -186,8 +191,8 @@ for j in range(2):
     )
 
 # %% [markdown]
-# The run learns one mode after the other: the loss falls in steps. Thin black lines are
-# the closed form, colors are measured.
+# This run learns one mode after the other and its loss falls in steps. Thin black lines
+# are the closed form, colors are measured.
 
 # %%
 figure, (top, middle, bottom) = plt.subplots(
@@ -197,8 +202,8 @@ for k, value in enumerate(chain):
     top.axhline(value, color="black", lw=0.7, zorder=0)
     label = "$E_\\emptyset$" if k == 0 else f"$E_{{1..{k}}}$" if k > 1 else "$E_{1}$"
     top.text(1.01, value, label, va="center", transform=top.get_yaxis_transform())
-top.axvline(float(run.time), color=gf.plot.RUNS[1], lw=1, ls=":")
-top.text(float(run.time), chain[0], " certified", va="top", color=gf.plot.RUNS[1])
+top.axvline(float(run.time), color=gf.plot.RUNS[5], lw=1, ls=":")
+top.text(float(run.time), 20, " certified", color=gf.plot.RUNS[5])
 top.plot(t, loss, color=gf.plot.RUNS[0], lw=1.5)
 top.set_yscale("log")
 top.set_yticks([10, 20, 30], ["10", "20", "30"])
@@ -211,7 +216,9 @@ for j, sigma in enumerate(np.asarray(theory.spectrum()[:4])):
         t, singular[:, j], color=gf.plot.RUNS[j], lw=1.5, label=f"number {j + 1}"
     )
 middle.set_yscale("log")
-middle.set_ylim(0.02, 10)
+middle.set_ylim(0.5, 9)
+middle.set_yticks([1, 2, 6], ["1", "2", "6"])
+middle.minorticks_off()
 middle.set_ylabel("singular values of\n$W(t)\\,(XX^\\top/n)^{1/2}$")
 middle.legend(loc="lower right", fontsize=7)
 
@@ -232,14 +239,18 @@ figure.align_ylabels()
 # is never a rule. First four points of the run above: the start, the slowest observed
 # moment before the certificate held (a plateau), the moment the certificate held, and
 # the point where the speed is at most 1e-6.
+#
+# `gap` is the loss above the least, and the active modes are those of the nearest
+# critical point. The certificate says where the flow goes, not where the point is: look
+# at the active modes when it first holds and when the run is at rest.
 
 # %%
 # Compiled once: eagerly each verdict costs about a second.
 classify = eqx.filter_jit(gf.classify)
 
 
-def report(name, point):
-    finding = classify(flow, theory, point)
+def report(name, at):
+    finding = classify(flow, theory, at)
     print(f"{name}:\n    {gf.describe(finding)}\n    active modes {modes(finding)}")
     return finding
 
@@ -251,22 +262,22 @@ def modes(finding):
 # From the first tenth of the way, so that the slow beginning is not the answer.
 between = (t > 0.1 * float(run.time)) & (t < float(run.time))
 slowest = t[np.where(between, speed, np.inf).argmin()]
-plateau = gf.integrate(flow, start, horizon=float(slowest)).point
-end = gf.integrate(flow, start).point
+plateau = gf.integrate(flow, start, horizon=float(slowest))
+end = gf.integrate(flow, start)
 report("start", start)
 report(f"slowest, at time {slowest:.1f}", plateau)
-report("certificate", run.point)
+report("certificate", run)
 finding = report("at rest", end)
 
 # %% [markdown]
 # Now points that *are* critical, planted by the closed form. The second-order criterion
 # (Achour, Malgouyres, Gerchinovitz 2021) tells saddles with a direction of negative
 # curvature from those without: exchanging a learned mode for a stronger one is such a
-# direction; at depth 3 or more, idle units are not.
+# direction; at depth 3 or more, putting units that are all zero to use is not.
 #
-# The last point is the second saddle moved by 1e-10. Its loss and Hessian can hardly
-# be told from those of the saddle itself; but it is not the saddle, and the flow from
-# here may well leave. The verdict stays open, with the predicted time to leave.
+# The last point is the second saddle moved by 1e-10. Its loss is that of the saddle to
+# rounding; but it is not the saddle, and the flow from here may well leave. The verdict
+# stays open, with the predicted time to leave.
 
 # %%
 idle = theory.lift((0, 1), widths)
@@ -278,9 +289,9 @@ unresolved = report("the same, moved by 1e-10", moved)
 # %% [markdown]
 # ## 5. A small gradient is not a verdict
 #
-# At depth 3 the gradient near the origin falls with the square of the distance. A tiny
-# start is already slower than any customary tolerance. Two usual stopping rules, the
-# speed itself and diffrax's steady-state event, end at once.
+# At depth 3 the gradient near the origin falls with the square of the distance, so a
+# tiny start is slower than a tolerance of 1e-6 before it has learned anything. Two
+# usual stopping rules, the speed itself and diffrax's steady-state event, end at once.
 
 # %%
 tiny = gf.GaussianInit(widths, TINY)(jr.key(0))
@@ -298,6 +309,9 @@ by_event = diffrax.diffeqsolve(
 )
 stopped = jax.tree.map(lambda leaf: leaf[-1], by_event.ys)
 print(f"speed at the start {float(flow.speed(tiny)):.1e}, tolerance 1e-6")
+print(
+    f"of the first run's {float(flow.speed(start)):.1e}, {SMALL / TINY:g} times larger"
+)
 print(
     f"speed rule         {gf.names_of(gf.RESULTS, by_speed.result)} "
     f"after {int(by_speed.stats['steps'])} steps, at time {float(by_speed.time):g}"
@@ -339,12 +353,20 @@ def first_time(condition):
 leaves = first_time(slow_loss < 0.5 * (chain[0] + chain[1]))
 certain = first_time(slow_loss < float(theory.threshold()))
 predicted = float(asleep.remaining)
-print(f"speed above 1e-6 from time        {first_time(slow_speed > 1e-6):.0f}")
 print(f"half of the first drop at time    {leaves:.0f}, predicted {predicted:.0f}")
 print(f"measured / predicted              {leaves / predicted:.2f}")
 print(f"certificate holds from time       {certain:.0f}")
-print(f"{ratio:g} times that of the first run {ratio * float(run.time):.0f}")
-print(f"end: {gf.describe(classify(flow, theory, slow.point))}")
+print(f"{ratio:g} times that of the first run    {ratio * float(run.time):.0f}")
+print(f"end: {gf.describe(classify(flow, theory, slow))}")
+print("\nstretches with speed below 1e-6, in each of which the speed rule is met:")
+below = np.flatnonzero(slow_speed < 1e-6)
+for part in np.split(below, np.flatnonzero(np.diff(below) > 1) + 1):
+    if len(part) > 1:
+        middle = slow_loss[part[len(part) // 2]]
+        print(
+            f"time {slow_t[part[0]]:6.0f} to {slow_t[part[-1]]:6.0f}: "
+            f"loss {middle:8.4f}, {middle - chain[-1]:8.4f} above the least"
+        )
 
 # %%
 figure, (top, bottom) = plt.subplots(
@@ -413,7 +435,7 @@ for number, (name, case) in enumerate(cases.items()):
 # The intervals are exact (Clopper-Pearson) 95 % intervals for the probability. A finite
 # study does not show "almost surely"; it bounds how often something else may happen.
 # Undecided draws stay in the denominator, and the outer interval allows for them to go
-# either way: after the speed rule it says nothing.
+# either way: where the speed rule stopped all draws at the start, it is everything.
 
 # %%
 figure, (left, right) = plt.subplots(
@@ -433,7 +455,9 @@ for place, share in zip((2, 1, 0), counts.values(), strict=True):
         edge += number / share.draws
     spread = [[share.estimate - share.low], [share.high - share.estimate]]
     left.errorbar(share.estimate, place, xerr=spread, color="black", capsize=3, lw=1)
-    left.text(1.02, place, f"{share.count} of {share.draws}", va="center")
+    note = f"{share.count} of {share.draws}"
+    note += f",\n{share.undecided} undecided" if share.undecided else ""
+    left.text(1.02, place, note, va="center")
 left.set_yticks((2, 1, 0), list(cases))
 left.set_xlim(0, 1)
 left.set_xlabel("fraction of draws; 95 % interval of the global fraction")
@@ -448,3 +472,12 @@ right.set_xlabel("time to the certificate")
 right.set_ylabel("draws")
 right.legend(fontsize=7)
 figure.align_xlabels()
+
+# %% [markdown]
+# ## Your turn
+#
+# - Your data: `gf.Moments.from_data(x, y)`; restrict them if `xx` is singular.
+# - Another shape: any `widths` whose ends fit the data, with `rank=min(widths)` in the
+#   theory.
+# - Another start: any callable from a key to a network, such as `gf.BalancedInit`.
+# - The same study from the command line, with figures: `gradflow run convergence`.

@@ -271,6 +271,14 @@ def test_errors_are_one_line(call, folder, monkeypatch, error, code, text):
             main([*TINY, "--out", "a", "--debug"])
 
 
+def test_interrupt_outside_of_a_run(call, folder, monkeypatch):
+    def stop(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradflow.report.read_report", stop)
+    assert call("plot", "a") == (130, "", "stopped\n")
+
+
 def test_debug_shows_the_traceback():
     command = [GRADFLOW, "plot", "nowhere"]
     plain = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -86,9 +86,10 @@ def test_firewall():
 
 def test_twins():
     tests = Path(__file__).parent
-    names = lambda folder, start="": {
-        path.stem.removeprefix(start) for path in folder.glob(f"{start}*.py")
-    } - {"__init__", "base"}
+    names = lambda folder, start="": (
+        {path.stem.removeprefix(start) for path in folder.glob(f"{start}*.py")}
+        - {"__init__", "base"}
+    )
     families = names(ROOT / "models")
     assert families == names(ROOT / "theory") - WITHOUT_TWIN
     assert families <= names(tests / "models", "test_")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from cyclopts import Parameter
@@ -61,7 +61,7 @@ class RunConfig:
 def whole_number(config: object, name: str, *, least: int, most: int) -> None:
     """Checks one field of a config, or each entry if its default is a tuple."""
     for value in _values(config, name):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        if not _is_a(numbers.Integral, value):
             raise ValueError(f"{name} must be a whole number, got {value!r}")
         if not least <= value <= most:
             bound = f">= {least}" if value < least else f"<= {most}"
@@ -71,7 +71,7 @@ def whole_number(config: object, name: str, *, least: int, most: int) -> None:
 def positive(config: object, name: str, *, infinite: bool = False) -> None:
     """Checks one field of a config, or each entry if its default is a tuple."""
     for value in _values(config, name):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if not _is_a(numbers.Real, value):
             raise ValueError(f"{name} must be a number > 0, got {value!r}")
         if not value > 0 or (math.isinf(value) and not infinite):
             finite = "" if infinite else "finite "
@@ -85,7 +85,11 @@ def one_of(config: object, name: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
 
 
-def _values(config: object, name: str) -> tuple:
+def _is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _values(config: object, name: str) -> tuple[Any, ...]:
     value = getattr(config, name)
     many = isinstance(value, (tuple, list))
     if many != isinstance(getattr(type(config), name), tuple):

@@ -113,7 +113,7 @@ def run(config: Config, *, progress: bool | None = None) -> Report:
                 device=config.device,
                 progress=progress,
             )
-            rows.append(_row(study, outcome))
+            rows.append(_row(study, scale, outcome))
             notes += _notes(study, outcome)
             for stage, duration in outcome.seconds.items():
                 seconds[stage] = seconds.get(stage, 0.0) + duration
@@ -184,7 +184,7 @@ def _study(config: Config, theory: LinearTheory, depth: int, scale: float):
     )
 
 
-def _row(study: Study, outcome: Outcome) -> dict[str, Any]:
+def _row(study: Study, scale: float, outcome: Outcome) -> dict[str, Any]:
     kinds = names_of(KIND, outcome.finding.kind)
     rules = names_of(RULE, outcome.finding.rule)
     best = kinds == "global_minimum"
@@ -195,7 +195,7 @@ def _row(study: Study, outcome: Outcome) -> dict[str, Any]:
     return {
         "depth": len(widths) - 1,
         "widths": "-".join(map(str, widths)),
-        "scale": float(study.initialize.scale),
+        "scale": scale,
         "draws": share.draws,
         "global minimum": share.count,
         "95 % low": share.low,

@@ -15,6 +15,7 @@ class Match(eqx.Module):
 
     - `critical`: it is one of them, to rounding, with every decision about what is
       zero backed by a gap; a point that is merely close is not.
+    - `exact`: and that does not even rest on rounding: what must vanish is 0.0.
     - `optimal`, `strict`, `nonstrict`: of which kind (none may be known).
     - `modes`: the modes of the nearest critical point; `value`: the energy there.
     - `rank`, `rank_gap`: rank of that point, and how sharply the point at hand has it
@@ -22,6 +23,7 @@ class Match(eqx.Module):
     """
 
     critical: Bool[Array, ""]
+    exact: Bool[Array, ""]
     optimal: Bool[Array, ""]
     strict: Bool[Array, ""]
     nonstrict: Bool[Array, ""]

@@ -81,14 +81,8 @@ def whitened_two_layer(
     is solved as in Fukumizu, *Effect of batch learning in multilayer neural networks*
     (1998).
     """
-    if network.depth != 2:
-        raise ValueError(f"the closed form needs depth 2, got depth {network.depth}")
+    _check_two_layers(network, moments)
     x_dim, y_dim = moments.xy.shape
-    if (network.widths[0], network.widths[-1]) != (x_dim, y_dim):
-        raise ValueError(
-            f"the network maps {network.widths[0]} inputs to {network.widths[-1]} "
-            f"outputs but the data have {x_dim} and {y_dim}"
-        )
     first, second = network.weights
     time = jnp.asarray(t, first.dtype)
     time = _refuse(
@@ -113,20 +107,17 @@ def whitened_two_layer(
     whole = jnp.block([[zeros(x_dim), target.T], [target, zeros(y_dim)]])
     rates, modes = jnp.linalg.eigh(whole)
     count = jnp.ceil(jnp.max(jnp.abs(rates)) * time / LONGEST_STEP)
-    count = jnp.maximum(count, 1).astype(int)
+    count = jnp.maximum(count, 1)
     step = time / count
     growth = (modes * jnp.exp(rates * step)[None, :]) @ modes.T
     nonzero = jnp.where(rates == 0, 1.0, rates)
-    integral = jnp.where(
-        rates == 0, step, jnp.expm1(2 * nonzero * step) / (2 * nonzero)
-    )
+    growths = jnp.expm1(2 * nonzero * step) / (2 * nonzero)
+    integral = jnp.where(rates == 0, step, growths)
 
     def advance(_, q):
         rotated = modes.T @ q
-        bracket = jnp.eye(q.shape[1], dtype=q.dtype) + rotated.T @ (
-            integral[:, None] * rotated
-        )
-        lower = jnp.linalg.cholesky(bracket)
+        gram = rotated.T @ (integral[:, None] * rotated)
+        lower = jnp.linalg.cholesky(jnp.eye(len(gram), dtype=q.dtype) + gram)
         moved = growth @ q
         return jax.scipy.linalg.solve_triangular(lower, moved.T, lower=True).T
 
@@ -135,11 +126,9 @@ def whitened_two_layer(
     stacked = jnp.concatenate([first.T, second])
     left, values, _ = jnp.linalg.svd(stacked, full_matrices=False)
     values = jnp.where(values > 1e-14 * values[0], values, 0.0)
-    q = jax.lax.fori_loop(0, count, advance, left * values[None, :])
-    lower_part, upper_part = q[:x_dim], q[x_dim:]
-    return TwoLayerProduct(
-        upper_part @ lower_part.T, lower_part @ lower_part.T, upper_part @ upper_part.T
-    )
+    q = jax.lax.fori_loop(0, count.astype(int), advance, left * values[None, :])
+    below, above = q[:x_dim], q[x_dim:]
+    return TwoLayerProduct(above @ below.T, below @ below.T, above @ above.T)
 
 
 def decoupled_mode(
@@ -173,16 +162,17 @@ def decoupled_mode(
     in deep linear neural networks* (2014) for $N = 2$.
     """
     _check_mode(u0, m, lam, depth)
-    times = np.asarray(t, np.float64)
-    if not np.all(np.isfinite(times) & (times >= 0)):
-        raise ValueError(f"t must be finite and >= 0, got {t}")
+    return np.asarray(_mode(u0, m, lam, depth, _checked_times(t)))
+
+
+def _mode(u0, m, lam, depth, times):
     if depth == 1:
         return u0 * np.exp(-lam * times) - m * np.expm1(-lam * times) / lam
     if u0 == 0:
         return np.zeros_like(times)
     # A negative mode is the positive mode of the opposite target.
     sign = math.copysign(1.0, u0)
-    size, drive = abs(u0), sign * m
+    size, drive = abs(float(u0)), sign * float(m)
     if drive == 0:
         power = 2 - 2 / depth
         return (
@@ -258,13 +248,10 @@ def remark42(eigenvalue: float, t: float | np.ndarray) -> np.ndarray:
 
     *Reference:* Bah et al. 2020, Remark 42, (38) and (39).
     """
-    times = np.asarray(t, np.float64)
     if not (math.isfinite(eigenvalue) and eigenvalue > 0):
         raise ValueError(f"eigenvalue must be finite and > 0, got {eigenvalue}")
-    if not np.all(np.isfinite(times) & (times >= 0)):
-        raise ValueError(f"t must be finite and >= 0, got {t}")
-    decay = np.exp(-eigenvalue * times)
-    return decay / np.sqrt(2 - decay**2)
+    decay = np.exp(-eigenvalue * _checked_times(t))
+    return np.asarray(decay / np.sqrt(2 - decay**2))
 
 
 def stacked_velocity(moments: Moments, network: DeepLinear) -> DeepLinear:
@@ -286,14 +273,8 @@ def stacked_velocity(moments: Moments, network: DeepLinear) -> DeepLinear:
     """
     if not moments.autoencoding:
         raise ValueError("the stacked form needs an autoencoder, where Y = X")
-    if network.depth != 2:
-        raise ValueError(f"the stacked form needs depth 2, got depth {network.depth}")
+    _check_two_layers(network, moments)
     xx, dim = moments.xx, len(moments.xx)
-    if (network.widths[0], network.widths[-1]) != (dim, dim):
-        raise ValueError(
-            f"the network has widths {network.widths} but the data have {dim} "
-            "dimensions"
-        )
     zero, one = jnp.zeros_like(xx), jnp.eye(dim, dtype=xx.dtype)
     stacked = jnp.concatenate([network.weights[0].T, network.weights[1]])
     gram = stacked @ stacked.T
@@ -344,20 +325,16 @@ def _beyond_one(w: float, a: float, sign: float) -> float:
 def _near_one(gap: float, log_gap: float, power: float) -> float:
     """The integral of dg (1 - g)^power / g from `gap` to `NEAR`."""
     orders = np.arange(1, 25)
-    coefficients = (-1.0) ** orders * scipy.special.binom(power, orders) / orders
-    return (
-        math.log(NEAR)
-        - log_gap
-        + float(np.sum(coefficients * (NEAR**orders - gap**orders)))
-    )
+    terms = (-1.0) ** orders * scipy.special.binom(power, orders) / orders
+    rest = float(np.sum(terms * (NEAR**orders - gap**orders)))
+    return math.log(NEAR) - log_gap + rest
 
 
 def _solve_clock(x0: float, driven: bool, a: float, elapsed: float) -> float:
     """Where a mode that starts at `x0` is after `elapsed`."""
     if elapsed == 0 or (driven and x0 == 1):
         return x0
-    # In a variable y in which each clock is monotone and y is known to lie between y0
-    # and `far`.
+    # In a variable y in which the clock is monotone and y lies between y0 and `far`.
     if driven and x0 < 1:
         place = lambda y: float(scipy.special.expit(y))
         y0 = math.log(x0) - math.log1p(-x0)
@@ -385,16 +362,33 @@ def _solve_clock(x0: float, driven: bool, a: float, elapsed: float) -> float:
     return place(cast(float, y))
 
 
+def _check_two_layers(network, moments):
+    if network.depth != 2:
+        raise ValueError(f"the closed form needs depth 2, got depth {network.depth}")
+    ends = (network.widths[0], network.widths[-1])
+    if ends != moments.xy.shape:
+        raise ValueError(
+            f"the network maps {ends[0]} inputs to {ends[1]} outputs but the data have "
+            f"{moments.xy.shape[0]} and {moments.xy.shape[1]}"
+        )
+
+
 def _check_mode(u0, m, lam, depth):
-    if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)):
-        raise ValueError(f"depth must be a whole number, got {depth!r}")
-    if depth < 1:
-        raise ValueError(f"depth must be >= 1, got {depth}")
+    whole = isinstance(depth, (int, np.integer)) and not isinstance(depth, bool)
+    if not whole or depth < 1:
+        raise ValueError(f"depth must be a whole number >= 1, got {depth!r}")
     for name, value in (("u0", u0), ("m", m), ("lam", lam)):
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
     if not lam > 0:
         raise ValueError(f"lam must be > 0, got {lam}")
+
+
+def _checked_times(t):
+    times = np.asarray(t, np.float64)
+    if not np.all(np.isfinite(times) & (times >= 0)):
+        raise ValueError(f"t must be finite and >= 0, got {t}")
+    return times
 
 
 def _refuse(value, wrong, text):

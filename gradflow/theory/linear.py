@@ -273,6 +273,7 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
         critical = anatomy.critical
         return Match(
             critical,
+            critical & anatomy.exact,
             critical & best & full,
             critical & (~best | (~full & anatomy.loose)),
             critical & best & ~full & anatomy.tightened,

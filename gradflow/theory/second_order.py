@@ -48,10 +48,12 @@ PATIENCE = 5000
 
 
 class Anatomy(eqx.Module):
-    """`critical` as in the text above; `loose`: some pivot is not tightened;
+    """`critical` as in the text above; `exact`: every residual that counts as zero is
+    0.0; `loose`: some pivot is not tightened;
     `tightened`: all are (neither holds when a block is in doubt)."""
 
     critical: Bool[Array, ""]
+    exact: Bool[Array, ""]
     loose: Bool[Array, ""]
     tightened: Bool[Array, ""]
     rank_gap: Scalar
@@ -92,7 +94,9 @@ def examine(
             tightened = tightened & (middle_zero | outer_zero)
             middle = residuals[i - 1] @ middle
             middle_norm = norms[i - 1] * middle_norm
-    return Anatomy(critical, loose, tightened, split.rank_gap)
+    kept = [jnp.linalg.norm(residual) for residual in split.residuals]
+    exact = jnp.all(jnp.stack(kept) == jnp.stack(norms))
+    return Anatomy(critical, exact, loose, tightened, split.rank_gap)
 
 
 def escape_time(

@@ -1,0 +1,125 @@
+"""Interleaved timing of several callables that do the same work.
+
+One sample of each in turn, round after round, so that a machine that slows down slows
+all of them down. What is compared are medians of one run, as ratios to a named
+baseline; seconds of different runs are not comparable.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gradflow.report import environment
+
+
+# A sample shorter than this is noise of the clock and of dispatch: calls are repeated.
+SHORTEST_SAMPLE = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Something to time: a call without arguments, and the seconds that compiling it
+    took (`None` where nothing is compiled)."""
+
+    call: Callable[[], Any]
+    compile: float | None = None
+
+
+def compiled(
+    function: Callable[..., Any], *arguments: Any
+) -> tuple[Callable[..., Any], float]:
+    """A traceable function compiled for arguments like these, and the seconds taken."""
+    began = time.perf_counter()
+    program = jax.jit(function).lower(*arguments).compile()
+    return program, time.perf_counter() - began
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds per call in each `sample`, a mean over `calls` calls; and the result."""
+
+    samples: list[float]
+    calls: int
+    result: Any
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+
+def interleave(
+    candidates: Mapping[str, Candidate], *, repeats: int = 5
+) -> dict[str, Timing]:
+    """Times each candidate `repeats` times, in turn, after one call that is not
+    counted. Results are waited for, on any device."""
+    if repeats < 1:
+        raise ValueError(f"repeats must be >= 1, got {repeats}")
+    results, calls = {}, {}
+    for name, candidate in candidates.items():
+        once, results[name] = _timed(candidate.call, 1)
+        calls[name] = max(1, round(SHORTEST_SAMPLE / max(once, 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    for number in range(repeats):
+        # Another one begins each round: the one after a long one finds a cold cache.
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            seconds, _ = _timed(candidates[name].call, calls[name])
+            samples[name].append(seconds)
+    return {name: Timing(samples[name], calls[name], results[name]) for name in names}
+
+
+def _timed(call: Callable[[], Any], calls: int) -> tuple[float, Any]:
+    result = None
+    began = time.perf_counter()
+    for _ in range(calls):
+        result = jax.block_until_ready(call())
+    return (time.perf_counter() - began) / calls, result
+
+
+def machine(dtype: str) -> dict[str, Any]:
+    """What the numbers depend on: device, dtype, versions, cores."""
+    count = getattr(os, "sched_getaffinity", None)
+    return {
+        **environment(dtype, jax.devices()[0]),
+        "scipy": importlib.metadata.version("scipy"),
+        "cores": len(count(0)) if count else os.cpu_count(),
+    }
+
+
+def text(rows: list[dict[str, Any]], setting: dict[str, Any]) -> str:
+    """The table and what it was made with."""
+    made = ", ".join(f"{key} {value}" for key, value in setting.items())
+    return f"{table(rows)}\n\nMade with {made}.\n"
+
+
+def write(
+    out: Path, name: str, rows: list[dict[str, Any]], setting: dict[str, Any]
+) -> None:
+    """Writes `name.json`, with every sample, and `name.md`."""
+    out.mkdir(parents=True, exist_ok=True)
+    document = {"benchmark": name, "setting": setting, "rows": rows}
+    (out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    (out / f"{name}.md").write_text(text(rows, setting))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table; lists (the samples) are left to the JSON file."""
+    head = [key for key, value in rows[0].items() if not isinstance(value, list)]
+    lines = [head, ["---"] * len(head)]
+    lines += [[_cell(row[key]) for key in head] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,94 @@
+"""The benchmarks run, and refuse to time what is wrong."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Imports a file of `benchmarks/` as a script there would."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    names = ("timing", "bench_velocity")
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_velocity_smoke(tmp_path):
+    script = FOLDER / "bench_velocity.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--smoke", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "velocity.json").read_text())
+    assert document["benchmark"] == "velocity"
+    setting = document["setting"]
+    assert setting["dtype"] == "float64" and setting["repeats"] == 2
+    assert {"jax", "diffrax", "scipy", "device", "cores"} <= set(setting)
+    rows = document["rows"]
+    assert len({row["widths"] for row in rows}) == 2
+    for row in rows:
+        assert row["us per lane"] > 0 and len(row["samples s"]) == 2
+        if row["what"].startswith(("autodiff", "gradflow velocity")):
+            assert row["relative error"] <= 1e-12
+            assert row["compile s"] > 0
+        else:
+            # rtol 1e-6 per step, gathered over a run.
+            assert 0 < row["relative error"] <= 1e-4
+    # Speeds are ratios to the first of each comparison.
+    for baseline in ("autodiff of the loss on the data", "scipy RK45 loop"):
+        ratios = [row["speed over baseline"] for row in rows if row["what"] == baseline]
+        assert ratios == [1.0, 1.0]
+    table = (tmp_path / "velocity.md").read_text()
+    assert table in done.stdout
+    assert all(row["what"] in table for row in rows)
+
+
+def test_wrong_velocities_fail(module, monkeypatch, capsys):
+    bench = module("bench_velocity")
+    right = bench.moment_velocity
+
+    def wrong(problem):
+        candidate = right(problem)
+        call = lambda: tuple((1 + 1e-9) * weight for weight in candidate.call())
+        return bench.timing.Candidate(call, candidate.compile)
+
+    monkeypatch.setitem(bench.VELOCITIES, "gradflow velocity", wrong)
+    monkeypatch.setattr(bench, "SMOKE", bench.SMOKE[:1])
+    monkeypatch.setattr(bench, "bench_runs", lambda *arguments: [])
+    assert bench.main(["--smoke", "--repeats", "1"]) == 1
+    assert "gradflow velocity on 5-2-5 differs by 1e-09" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--lanes", "--repeats"])
+def test_counts_are_checked(module, capsys, flag):
+    with pytest.raises(SystemExit):
+        module("bench_velocity").main([flag, "0"])
+    assert f"{flag}: '0' is not a whole number >= 1" in capsys.readouterr().err
+
+
+def test_samples_are_interleaved(module, monkeypatch):
+    timing = module("timing")
+    seen = []
+
+    def candidate(name):
+        return timing.Candidate(lambda: seen.append(name) or name)
+
+    monkeypatch.setattr(timing, "SHORTEST_SAMPLE", 0.0)  # one call per sample
+    timings = timing.interleave({name: candidate(name) for name in "abc"}, repeats=3)
+    assert "".join(seen) == "abc" + "abc" + "bca" + "cab"
+    for name, found in timings.items():
+        assert found.result == name and found.calls == 1
+        assert found.median == sorted(found.samples)[1]
+    with pytest.raises(ValueError, match="repeats must be >= 1"):
+        timing.interleave({}, repeats=0)

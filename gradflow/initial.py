@@ -95,6 +95,8 @@ class BalancedInit(eqx.Module):
                 f"{self.widths} need {shape}"
             )
         if not isinstance(self.product, jax.core.Tracer):
+            if not np.all(np.isfinite(self.product)):
+                raise ValueError("product has non-finite values: give finite ones")
             rank = int(np.linalg.matrix_rank(np.asarray(self.product)))
             if rank > min(self.widths):
                 raise ValueError(
@@ -174,9 +176,10 @@ class NearPoint(eqx.Module):
 
     def __check_init__(self):
         if not isinstance(self.distance, jax.Array):
-            if not (math.isfinite(self.distance) and self.distance >= 0):
+            number = isinstance(self.distance, (int, float, np.number))
+            if not (number and 0 <= self.distance < math.inf):
                 raise ValueError(
-                    f"distance must be a finite number >= 0, got {self.distance}"
+                    f"distance must be a finite number >= 0, got {self.distance!r}"
                 )
         moves = jax.tree.leaves(self.direction)
         known = not any(isinstance(move, jax.core.Tracer) for move in moves)
@@ -211,10 +214,13 @@ def section7_widths(dimension: int, depth: int, rank: int | None = None):
     *Reference:* Bah et al. 2020, section 7.1.1. *Erratum:* $d_0$ is not on the grid,
     and the rounding is half up.
     """
-    if depth < 1:
-        raise ValueError(f"depth must be >= 1, got {depth}")
-    if dimension < 1:
-        raise ValueError(f"dimension must be >= 1, got {dimension}")
+    for name, value in (("depth", depth), ("dimension", dimension), ("rank", rank)):
+        if name == "rank" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+        if name != "rank" and value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
     rank = math.floor(dimension / 2 + 0.5) if rank is None else rank
     if not 1 <= rank <= dimension:
         raise ValueError(

@@ -15,6 +15,7 @@ Three hazards shape this file:
   followed by an escape that needs steps of 0.1 loses no digits.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, Generic
 
@@ -290,7 +291,7 @@ def integrate(
     tolerance, rtol = _checked_tolerances(tolerance, rtol, dtype)
     _check_positive("horizon", horizon)
     _check_positive("max_steps", max_steps, whole=True)
-    methods = tuple(method) if isinstance(method, Sequence) else (method,)
+    methods = tuple(method) if isinstance(method, (tuple, list)) else (method,)
     if not methods:
         raise ValueError("method is empty: give at least one diffrax solver")
     descents = tuple(
@@ -468,14 +469,16 @@ def _checked_dtype(point):
 
 
 def _checked_tolerances(tolerance, rtol, dtype):
-    # float32's rounding leaves four digits to a solver.
-    reachable = 10 * float(jnp.finfo(dtype).eps)
+    reachable = 8 * float(jnp.finfo(dtype).eps)
     if tolerance is None:
         tolerance = 1e-6 if dtype == jnp.float64 else 1e-2
     _check_positive("tolerance", tolerance)
     if rtol is None:
         rtol = tolerance / TOLERANCE_RATIO
     _check_positive("rtol", rtol)
+    for name, value in (("tolerance", tolerance), ("rtol", rtol)):
+        if math.isinf(value):
+            raise ValueError(f"{name} must be finite, got {value}")
     if rtol > 1.001 * tolerance / 100:
         raise ValueError(
             f"tolerance={tolerance:g} can't be reached with solver tolerance "
@@ -486,7 +489,8 @@ def _checked_tolerances(tolerance, rtol, dtype):
     if rtol < reachable:
         raise ValueError(
             f"rtol={rtol:g} (tolerance={tolerance:g}) is below what {dtype} can reach, "
-            f"{reachable:.1g}: use tolerance >= {reachable * TOLERANCE_RATIO:.1g}"
+            f"{reachable:.2g}: use tolerance >= "
+            f"{1.01 * reachable * TOLERANCE_RATIO:.2g}"
         )
     return tolerance, rtol
 

@@ -136,13 +136,13 @@ start = gf.GaussianInit(widths, SMALL)(jr.key(0))
 run = gf.integrate(flow, start, stop=theory.certificate)
 result = gf.names_of(gf.RESULTS, run.result)
 print(f"ended as  {result} at time {float(run.time):.2f}")
-print(f"steps     {int(run.stats['steps'])}")
+print(f"steps     {int(run.stats['steps'])}, rtol {float(run.stats['rtol']):.0e}")
 print(f"loss      {float(run.energy):.6f}, threshold {float(theory.threshold()):.6f}")
 
 # %% [markdown]
 # From that point on the limit of the exact flow is certain, but the run is not there
 # yet. (Up to that point the computed run follows the exact one to the solver's
-# tolerance, here 1e-9 per step.) To watch it, we run again, further, and name what to
+# tolerance per step, `rtol`.) To watch it, we run again, further, and name what to
 # observe. Besides the loss:
 #
 # - the singular values of $W(t)\,(XX^\top/n)^{1/2}$, which at a critical point are the
@@ -308,21 +308,19 @@ by_event = diffrax.diffeqsolve(
     saveat=diffrax.SaveAt(t1=True),
 )
 stopped = jax.tree.map(lambda leaf: leaf[-1], by_event.ys)
-print(f"speed at the start {float(flow.speed(tiny)):.1e}, tolerance 1e-6")
+print(f"speed at the start         {float(flow.speed(tiny)):.1e}, tolerance 1e-6")
+print(f"at one {SMALL / TINY:g} times larger     {float(flow.speed(start)):.1e}")
 print(
-    f"of the first run's {float(flow.speed(start)):.1e}, {SMALL / TINY:g} times larger"
-)
-print(
-    f"speed rule         {gf.names_of(gf.RESULTS, by_speed.result)} "
+    f"speed rule                 {gf.names_of(gf.RESULTS, by_speed.result)} "
     f"after {int(by_speed.stats['steps'])} steps, at time {float(by_speed.time):g}"
 )
 event_hit = by_event.result == diffrax.RESULTS.event_occurred
 print(
-    f"steady state event {'occurred' if event_hit else 'did not occur'} "
+    f"steady state event         {'occurred' if event_hit else 'did not occur'} "
     f"after {int(by_event.stats['num_steps'])} steps"
 )
-print(f"loss where it ended {float(energy(stopped)):.4f}")
-print(f"least loss          {float(theory.optimal_energy()):.4f}")
+print(f"loss where it ended        {float(energy(stopped)):.4f}")
+print(f"least loss                 {float(theory.optimal_energy()):.4f}")
 asleep = report("verdict on the tiny start", tiny)
 
 # %% [markdown]

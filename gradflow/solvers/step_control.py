@@ -43,11 +43,11 @@ class NormwiseStepSize(
     **Arguments:**
 
     - `rtol`: the error allowed per step, relative to the size of the point.
-    - `atol`: added to it; only there so that a point at 0 divides by something.
+    - `atol`: added to it. 0, as a start of size 1e-100 has its own scale too.
     """
 
     rtol: float | Float[Array, ""]
-    atol: float | Float[Array, ""] = 1e-30
+    atol: float | Float[Array, ""] = 0.0
     # What diffrax hands to the root finder of an implicit method.
     norm: Callable[[PyTree], Scalar] = root_mean_square
 
@@ -86,6 +86,8 @@ class NormwiseStepSize(
         before, after = root_mean_square(y0), root_mean_square(y1_candidate)
         size = jnp.where(finite, jnp.maximum(before, after), before)
         allowed = self.atol + self.rtol * size
+        # A point at 0 that stays there has no error either.
+        allowed = jnp.where(allowed > 0, allowed, 1)
         # An infinite error is a rejection with the largest cut; inf / inf is not.
         scaled = jax.tree.map(
             lambda e: jnp.where(finite & ~jnp.isnan(e), e / allowed, jnp.inf), y_error
@@ -105,5 +107,7 @@ class NormwiseStepSize(
         change = root_mean_square(jax.tree.map(jnp.subtract, f1, f0)) / trial
         steepest = jnp.maximum(rate, change) / (self.atol + self.rtol * size)
         step = (0.01 / steepest) ** (1.0 / error_order)
-        step = jnp.where(jnp.isfinite(step), jnp.minimum(step, 100 * trial), trial)
+        # From 0 itself nothing is small relative to the point, and this step is 0.
+        usable = jnp.isfinite(step) & (step > 0)
+        step = jnp.where(usable, jnp.minimum(step, 100 * trial), trial)
         return jnp.where(rate > 0, step, 1e-6)

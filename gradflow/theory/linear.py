@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ..models.linear import AbstractLinearNetwork, DeepLinear, LinearMap, SquaredLoss
-from ..spectrum import psd_power, svd_signed
+from ..spectrum import cutoff, psd_power, svd_signed
 from ..types import Scalar
 from .base import AbstractTheory, Match
 from .second_order import escape_time, examine
@@ -315,7 +315,8 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
 
 def _require_definite(xx):
     values = jnp.linalg.eigvalsh(xx)
-    singular = values[0] <= 1e-12 * values[-1]
+    least = cutoff(xx.shape[0], xx.dtype) * values[-1]
+    singular = values[0] <= least
     if isinstance(singular, jax.core.Tracer):
         return eqx.error_if(
             xx,
@@ -323,7 +324,7 @@ def _require_definite(xx):
             "xx is singular: the theory needs it invertible; use moments.restrict",
         )
     if bool(singular):
-        rank = int(jnp.sum(values > 1e-12 * values[-1]))
+        rank = int(jnp.sum(values > least))
         raise ValueError(
             f"xx has rank {rank} of {len(values)}: minimizers aren't unique and the "
             "full-rank theory doesn't apply; restrict the data to its support with "

@@ -68,15 +68,16 @@ def test_no_lane_is_stuck_by_overflow(depth):
 
     for scale in (1.0, 2.0, 4.0, 8.0, 16.0):
         before, solution = run(scale, jr.split(jr.key(1), lanes))
-        steps, rejected = solution.stats["steps"], solution.stats["rejected"]
+        rejected = np.asarray(solution.stats["rejected"])
+        trials = np.asarray(solution.stats["steps"]) + rejected
         ends = set(names_of(RESULTS, solution.result))
         assert ends <= {"rule_met", "max_steps_reached"}
         done = names_of(RESULTS, solution.result) == "rule_met"
-        assert np.all(done | (steps + rejected == max_steps))
+        assert np.all(done | (trials == max_steps))
         # Time advances and the energy falls, in nearly every step taken.
         assert np.all(solution.time > 0) and np.all(jnp.isfinite(solution.time))
         assert np.all(solution.energy < before)
-        assert np.all(rejected < 0.15 * (steps + rejected) + 10)
+        assert np.all(rejected < 0.15 * trials + 10)
 
 
 @pytest.mark.parametrize("start", [1e2, 1e3, 1e6])
@@ -140,7 +141,7 @@ def test_rotated_layers_take_the_same_steps(getkey):
     flow = GradientFlow(SquaredLoss(moments))
     descend = eqx.filter_jit(
         lambda point: integrate(
-            flow, point, horizon=5.0, rtol=1e-8, tolerance=1e-5, throw=False
+            flow, point, horizon=1.0, rtol=1e-8, tolerance=1e-5, throw=False
         )
     )
     plain = descend(DeepLinear((entries, entries, jnp.eye(3))))

@@ -14,6 +14,7 @@ from .critical import (
     KIND as KIND,
     RULE as RULE,
 )
+from .descent import Descent as Descent, RESULTS as RESULTS, Solution as Solution
 from .flow import AbstractFlow as AbstractFlow, GradientFlow as GradientFlow
 from .initial import (
     BalancedInit as BalancedInit,
@@ -25,12 +26,7 @@ from .initial import (
 )
 from .moments import Moments as Moments
 from .report import read_report as read_report, Report as Report
-from .solve import (
-    Descent as Descent,
-    integrate as integrate,
-    RESULTS as RESULTS,
-    Solution as Solution,
-)
+from .solve import integrate as integrate
 from .study import (
     Fraction as Fraction,
     fraction as fraction,

@@ -1,12 +1,14 @@
 """Verdicts: what kind of place a point is, and by which rule."""
 
+from typing import cast
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from .descent import Solution
 from .flow import AbstractFlow
-from .solve import Solution
 from .theory.base import AbstractTheory
 from .types import names_of, P, Scalar
 
@@ -95,7 +97,7 @@ def classify(
 
     *Reference:* rules 2 and 3 are those of the theory.
     """
-    point = at.point if isinstance(at, Solution) else at
+    point = cast(P, at.point if isinstance(at, Solution) else at)
     stayed = at.distance <= STAYED if isinstance(at, Solution) else jnp.array(True)
     energy, speed = flow.energy(point), flow.speed(point)
     leaves = jax.tree.leaves(point)

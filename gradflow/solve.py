@@ -1,23 +1,13 @@
-"""Descend: from a flow and a starting point to a `Solution`.
+"""Integrate: from a flow and a starting point to a `Solution`.
 
-A `Descent` is four pure functions, `init`, `step`, `finished` and `solution`, over a
-state that can be stopped, stored and taken up again; `integrate` is a loop over them.
-
-Three hazards shape this file:
-
-- An explicit method hovers near an equilibrium at a speed some hundred times its
-  error tolerance, so the stopping speed must lie well above that tolerance: the one
-  knob `tolerance` is the stopping speed, and the solver works at `tolerance / 1000`.
-- A small speed is not convergence. Near a saddle of a deep network the speed falls
-  like a power of the distance; a start close to the origin is stationary to any
-  tolerance at once. A `stop` rule that certifies the limit replaces the speed test.
-- The flow is autonomous, so every step is taken from time 0: a plateau of length 1e12
-  followed by an escape that needs steps of 0.1 loses no digits.
+An explicit method hovers near an equilibrium at a speed some hundred times its error
+tolerance, so the stopping speed must lie well above that tolerance: the one knob
+`tolerance` is the stopping speed, and the solver works at `tolerance / 1000`.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast, Generic
+from typing import Any, cast
 
 import diffrax
 import equinox as eqx
@@ -27,228 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .descent import Descent, RESULTS, Solution, SUCCESSFUL
 from .flow import AbstractFlow
 from .solvers.step_control import NormwiseStepSize, root_mean_square
-from .types import P, Scalar
+from .types import P
 
 
-# The solver's tolerance is the stopping speed divided by this (see the module's text;
-# measured: at a ratio of 100 a fifth of the runs of an easy problem still hover).
+# The solver's tolerance is the stopping speed divided by this (see the module's text).
 TOLERANCE_RATIO = 1000
-# Below this fraction of the first step the solution is taken to blow up.
-VANISHED = 1e-12
-
-
-class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
-    """How a run ended. It says nothing about what kind of place that is."""
-
-    rule_met = "The stopping rule was met."
-    horizon_reached = (
-        "The horizon was reached before the run came to rest; raise `horizon`."
-    )
-    step_size_vanished = (
-        "The step size fell to nothing: the solution may blow up in finite time."
-    )
-    not_finite = (
-        "The starting point or its velocity is not finite; start nearer to 0 or "
-        "rescale the data."
-    )
-
-
-# Inherited, which type checkers take to be of the parent's type.
-SUCCESSFUL = cast(RESULTS, RESULTS.successful)
 TSIT5 = diffrax.Tsit5()
-
-
-class Solution(eqx.Module, Generic[P]):
-    """What a descent returns.
-
-    - `point`, `energy`, `speed`, `time`: where the run ended, $E$ and the speed there,
-      and when. Times are flow time (for loss divided by the number of samples).
-    - `distance`: how far the end is from the start, relative to its size. A run that
-      moved to within rounding of a saddle is not at it.
-    - `times`, `history`: the observations asked for, or `None`.
-    - `result`: a `RESULTS` member.
-    - `stats`: `steps` accepted, `rejected` steps, and `rtol`.
-    """
-
-    point: P
-    energy: Scalar
-    speed: Scalar
-    time: Scalar
-    distance: Scalar
-    times: Float[Array, " times"] | None
-    history: dict[str, PyTree[Array]] | None
-    result: RESULTS
-    stats: dict[str, Any]
-
-
-class State(eqx.Module, Generic[P]):
-    """A descent under way."""
-
-    point: P
-    time: Scalar
-    step_size: Scalar
-    first_step_size: Scalar
-    steps: Int[Array, ""]
-    rejected: Int[Array, ""]
-    finished: Bool[Array, ""]
-    waiting: Bool[Array, ""]  # for a solver before it, in a relay of several
-    result: RESULTS
-    solver_state: PyTree
-    control_state: PyTree
-
-
-class Descent(eqx.Module, Generic[P]):
-    """A flow descended by one diffrax solver.
-
-    - `stop`: a predicate that ends the run as `rule_met`; when it is `None` the run
-      ends as `successful` at a speed of at most `tolerance`.
-    """
-
-    flow: AbstractFlow[P]
-    solver: diffrax.AbstractSolver
-    control: NormwiseStepSize
-    tolerance: Scalar
-    stop: Callable[[P], Bool[Array, ""]] | None
-    max_steps: Int[Array, ""]
-
-    def init(self, point: P, time: Scalar) -> State[P]:
-        """A run that starts at `point`."""
-        terms, zero = self._terms(), jnp.zeros_like(time)
-        first, control_state = self.control.init(
-            terms,
-            zero,
-            zero + 1,
-            point,
-            None,
-            None,
-            self.solver.func,
-            self.solver.error_order(terms),
-        )
-        first = jnp.asarray(first, dtype=time.dtype)
-        # The very first call decides the shapes; its numbers are read again by `step`.
-        solver_state = self.solver.init(terms, zero, first, point, None)
-        state = State(
-            point,
-            time,
-            first,
-            first,
-            steps=jnp.zeros((), dtype=int),
-            rejected=jnp.zeros((), dtype=int),
-            finished=jnp.array(False),
-            waiting=jnp.array(False),
-            result=SUCCESSFUL,
-            solver_state=solver_state,
-            control_state=control_state,
-        )
-        velocity = self.flow.velocity(point)
-        finite = _all_finite(point) & _all_finite(velocity)
-        met, met_result = self._at_rest(point)
-        result = RESULTS.where(met, met_result, SUCCESSFUL)
-        result = RESULTS.where(finite, result, RESULTS.not_finite)
-        state = eqx.tree_at(
-            lambda s: (s.finished, s.result), state, (met | ~finite, result)
-        )
-        # Solvers put Python numbers among their state; a loop wants arrays.
-        return jax.tree.map(
-            lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, state
-        )
-
-    def step(self, state: State[P], horizon: Scalar) -> State[P]:
-        """One trial step; changes nothing when the run is finished."""
-        remaining = horizon - state.time
-        landing = state.step_size >= 0.999 * remaining
-        size = jnp.where(landing, remaining, state.step_size)
-        zero = jnp.zeros_like(size)
-        terms = self._terms()
-        candidate, error, _, solver_state, solver_result = self.solver.step(
-            terms, zero, size, state.point, None, state.solver_state, made_jump=False
-        )
-        keep, start, end, _, control_state, _ = self.control.adapt_step_size(
-            zero,
-            size,
-            state.point,
-            candidate,
-            None,
-            error,
-            cast(Any, self.solver.error_order(terms)),
-            state.control_state,
-        )
-        next_size = jnp.asarray(end - start, dtype=size.dtype)
-        # A step cut short to land on the horizon says nothing against its
-        # predecessor; and an unbounded step would make 0 * inf.
-        next_size = jnp.where(
-            keep & landing, jnp.maximum(next_size, state.step_size), next_size
-        )
-        next_size = jnp.minimum(next_size, jnp.sqrt(jnp.finfo(size.dtype).max))
-        select = lambda new, old: jnp.where(keep, new, old)
-        point = jax.tree.map(select, candidate, state.point)
-        time = jnp.where(keep, state.time + size, state.time)
-        time = jnp.where(keep & landing, horizon, time)
-        steps = state.steps + jnp.where(keep, 1, 0)
-        rejected = state.rejected + jnp.where(keep, 0, 1)
-
-        # In order of precedence, last wins.
-        met, met_result = self._at_rest(point)
-        vanished = next_size <= VANISHED * state.first_step_size
-        exhausted = steps + rejected >= self.max_steps
-        arrived = keep & landing
-        own_result = cast(RESULTS, RESULTS.promote(solver_result))
-        failed = keep & (own_result != SUCCESSFUL)
-        result = RESULTS.where(failed, own_result, SUCCESSFUL)
-        finished = jnp.asarray(failed)
-        for condition, member in (
-            (vanished, RESULTS.step_size_vanished),
-            (exhausted, RESULTS.max_steps_reached),
-            (arrived, RESULTS.horizon_reached),
-            (keep & met, met_result),
-        ):
-            result = RESULTS.where(condition, cast(RESULTS, member), result)
-            finished = finished | condition
-        return State(
-            point,
-            time,
-            next_size,
-            state.first_step_size,
-            steps,
-            rejected,
-            finished,
-            state.waiting,
-            result,
-            jax.tree.map(select, solver_state, state.solver_state),
-            control_state,
-        )
-
-    def finished(self, state: State[P]) -> Bool[Array, ""]:
-        """Whether the run is over."""
-        return state.finished
-
-    def solution(self, state: State[P]) -> Solution[P]:
-        """What there is to say of a run, over or not."""
-        return Solution(
-            state.point,
-            self.flow.energy(state.point),
-            self.flow.speed(state.point),
-            state.time,
-            jnp.zeros_like(state.time),
-            None,
-            None,
-            state.result,
-            {
-                "steps": state.steps,
-                "rejected": state.rejected,
-                "rtol": jnp.asarray(self.control.rtol),
-            },
-        )
-
-    def _terms(self) -> diffrax.ODETerm:
-        return diffrax.ODETerm(lambda t, y, args: self.flow.velocity(y))
-
-    def _at_rest(self, point: P):
-        if self.stop is None:
-            return self.flow.speed(point) <= self.tolerance, SUCCESSFUL
-        return jnp.asarray(self.stop(point)), RESULTS.rule_met
 
 
 def integrate(
@@ -288,7 +65,7 @@ def integrate(
     not finite. Reaching the horizon is not a failure.
     """
     dtype = _checked_dtype(point0)
-    tolerance, rtol = _checked_tolerances(tolerance, rtol, dtype)
+    tolerance, rtol = checked_tolerances(tolerance, rtol, dtype)
     _check_positive("horizon", horizon)
     _check_positive("max_steps", max_steps, whole=True)
     methods = tuple(method) if isinstance(method, (tuple, list)) else (method,)
@@ -429,11 +206,6 @@ def _never(point) -> Bool[Array, ""]:
     return jnp.array(False)
 
 
-def _all_finite(tree) -> Bool[Array, ""]:
-    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(checks))
-
-
 def _adaptive(solver, rtol):
     """The solver with an error estimate, and with its root finder's tolerances set."""
     if not isinstance(solver, diffrax.AbstractSolver):
@@ -468,7 +240,7 @@ def _checked_dtype(point):
     return jnp.result_type(*leaves)
 
 
-def _checked_tolerances(tolerance, rtol, dtype):
+def checked_tolerances(tolerance, rtol, dtype):
     reachable = 8 * float(jnp.finfo(dtype).eps)
     if tolerance is None:
         tolerance = 1e-6 if dtype == jnp.float64 else 1e-2

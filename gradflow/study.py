@@ -13,7 +13,7 @@ import jax.random as jr
 import numpy as np
 from tqdm import tqdm
 
-from .solve import RESULTS, Solution
+from .descent import RESULTS, Solution
 from .types import Key, P
 
 

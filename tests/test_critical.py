@@ -10,13 +10,15 @@ import jax.random as jr
 import numpy as np
 import pytest
 from families import moments, network, planted, theory
+from jax.flatten_util import ravel_pytree
 
 from gradflow.critical import classify, describe, KIND, RULE
+from gradflow.descent import RESULTS
 from gradflow.flow import GradientFlow
 from gradflow.initial import GaussianInit
 from gradflow.models.linear import DeepLinear, SquaredLoss
 from gradflow.moments import Moments
-from gradflow.solve import integrate, RESULTS
+from gradflow.solve import integrate
 from gradflow.solvers.stiff import stiff
 from gradflow.theory.linear import LinearTheory
 from gradflow.types import names_of
@@ -110,7 +112,7 @@ def test_runs_from_beside_a_saddle(depth, exponents, patience):
         if modes == best:
             continue
         saddle = planted(rng, known, modes, widths, "lift", spread=0.0)
-        flat, rebuild = jax.flatten_util.ravel_pytree(saddle)
+        flat, rebuild = ravel_pytree(saddle)
         hessian = jax.hessian(lambda v: known.energy(rebuild(v)))(flat)  # noqa: B023
         values, vectors = np.linalg.eigh(hessian)
         steps = [rng.normal(size=flat.size)]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from cyclopts import Parameter
 
-from ..solve import _checked_tolerances
+from ..solve import checked_tolerances
 
 
 # Larger counts don't fit jax's 32-bit integers, larger seeds are cut to 32 bits there.
@@ -55,7 +55,7 @@ class RunConfig:
         if self.device is not None:
             one_of(self, "device", ("cpu", "gpu", "tpu"))
         # What `integrate` would refuse, before anything is computed.
-        _checked_tolerances(self.tolerance, self.rtol, np.dtype(self.dtype))
+        checked_tolerances(self.tolerance, self.rtol, np.dtype(self.dtype))
 
 
 def whole_number(config: object, name: str, *, least: int, most: int) -> None:

@@ -21,12 +21,13 @@ from cyclopts import Parameter
 
 from .. import datasets
 from ..critical import classify, describe, KIND, RULE
+from ..descent import RESULTS
 from ..flow import GradientFlow
 from ..initial import GaussianInit, OrthogonalInit, section7_widths
 from ..models.linear import SquaredLoss
 from ..moments import Moments
 from ..report import environment, Report
-from ..solve import integrate, RESULTS, TOLERANCE_RATIO
+from ..solve import integrate, TOLERANCE_RATIO
 from ..solvers.stiff import stiff
 from ..study import find_device, fraction, Outcome, precision, run_study, Study
 from ..theory.linear import LinearTheory, TIE

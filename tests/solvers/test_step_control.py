@@ -6,12 +6,13 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from gradflow.descent import RESULTS
 from gradflow.flow import GradientFlow
 from gradflow.initial import GaussianInit
 from gradflow.models.base import AbstractEnergy
-from gradflow.models.linear import DeepLinear, SquaredLoss
+from gradflow.models.linear import DeepLinear, LinearMap, SquaredLoss
 from gradflow.moments import Moments
-from gradflow.solve import integrate, RESULTS
+from gradflow.solve import integrate
 from gradflow.solvers import NormwiseStepSize
 from gradflow.solvers.step_control import root_mean_square
 from gradflow.types import names_of
@@ -181,3 +182,12 @@ def test_a_solver_without_error_estimate_is_refused():
             y0=jnp.ones(1),
             stepsize_controller=NormwiseStepSize(rtol=1e-3),
         )
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-100])
+def test_a_start_at_zero_that_is_not_at_rest(size):
+    # Nothing is small relative to such a point; the step must not vanish.
+    flow = GradientFlow(SquaredLoss(Moments(jnp.eye(2), jnp.eye(2), jnp.eye(2), 1)))
+    solution = integrate(flow, LinearMap(size * jnp.ones((2, 2))))
+    assert solution.result == RESULTS.successful
+    np.testing.assert_allclose(solution.point.matrix(), jnp.eye(2), atol=1e-6)

@@ -4,11 +4,12 @@ import jax.random as jr
 import numpy as np
 import optimistix as optx
 
+from gradflow.descent import RESULTS
 from gradflow.flow import GradientFlow
 from gradflow.initial import GaussianInit
 from gradflow.models.linear import SquaredLoss
 from gradflow.moments import Moments
-from gradflow.solve import integrate, RESULTS
+from gradflow.solve import integrate
 from gradflow.solvers import stiff
 from gradflow.solvers.stiff import StageNewton
 

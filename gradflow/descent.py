@@ -1,0 +1,245 @@
+"""One descent: from a flow, a solver and a start to a `Solution`, step by step.
+
+A `Descent` is four pure functions, `init`, `step`, `finished` and `solution`, over a
+state that can be stopped, stored and taken up again; `solve.integrate` is a loop over
+them. Two hazards shape this file:
+
+- A small speed is not convergence. Near a saddle of a deep network the speed falls
+  like a power of the distance; a start close to the origin is stationary to any
+  tolerance at once. A `stop` rule that certifies the limit replaces the speed test.
+- The flow is autonomous, so every step is taken from time 0: a plateau of length 1e12
+  followed by an escape that needs steps of 0.1 loses no digits.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast, Generic
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .flow import AbstractFlow
+from .solvers.step_control import NormwiseStepSize
+from .types import P, Scalar
+
+
+# Below this fraction of the first step the solution is taken to blow up.
+VANISHED = 1e-12
+
+
+class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
+    """How a run ended. It says nothing about what kind of place that is."""
+
+    rule_met = "The stopping rule was met."
+    horizon_reached = (
+        "The horizon was reached before the run came to rest; raise `horizon`."
+    )
+    step_size_vanished = (
+        "The step size fell to nothing: the solution may blow up in finite time."
+    )
+    not_finite = (
+        "The starting point or its velocity is not finite; start nearer to 0 or "
+        "rescale the data."
+    )
+
+
+# Inherited, which type checkers take to be of the parent's type.
+SUCCESSFUL = cast(RESULTS, RESULTS.successful)
+
+
+class Solution(eqx.Module, Generic[P]):
+    """What a descent returns.
+
+    - `point`, `energy`, `speed`, `time`: where the run ended, $E$ and the speed there,
+      and when. Times are flow time (for loss divided by the number of samples).
+    - `distance`: how far the end is from the start, relative to its size. A run that
+      moved to within rounding of a saddle is not at it.
+    - `times`, `history`: the observations asked for, or `None`.
+    - `result`: a `RESULTS` member.
+    - `stats`: `steps` accepted, `rejected` steps, and `rtol`.
+    """
+
+    point: P
+    energy: Scalar
+    speed: Scalar
+    time: Scalar
+    distance: Scalar
+    times: Float[Array, " times"] | None
+    history: dict[str, PyTree[Array]] | None
+    result: RESULTS
+    stats: dict[str, Any]
+
+
+class State(eqx.Module, Generic[P]):
+    """A descent under way."""
+
+    point: P
+    time: Scalar
+    step_size: Scalar
+    first_step_size: Scalar
+    steps: Int[Array, ""]
+    rejected: Int[Array, ""]
+    finished: Bool[Array, ""]
+    waiting: Bool[Array, ""]  # for a solver before it, in a relay of several
+    result: RESULTS
+    solver_state: PyTree
+    control_state: PyTree
+
+
+class Descent(eqx.Module, Generic[P]):
+    """A flow descended by one diffrax solver.
+
+    - `stop`: a predicate that ends the run as `rule_met`; when it is `None` the run
+      ends as `successful` at a speed of at most `tolerance`.
+    """
+
+    flow: AbstractFlow[P]
+    solver: diffrax.AbstractSolver
+    control: NormwiseStepSize
+    tolerance: Scalar
+    stop: Callable[[P], Bool[Array, ""]] | None
+    max_steps: Int[Array, ""]
+
+    def init(self, point: P, time: Scalar) -> State[P]:
+        """A run that starts at `point`."""
+        terms, zero = self._terms(), jnp.zeros_like(time)
+        first, control_state = self.control.init(
+            terms,
+            zero,
+            zero + 1,
+            point,
+            None,
+            None,
+            self.solver.func,
+            self.solver.error_order(terms),
+        )
+        first = jnp.asarray(first, dtype=time.dtype)
+        # The very first call decides the shapes; its numbers are read again by `step`.
+        solver_state = self.solver.init(terms, zero, first, point, None)
+        state = State(
+            point,
+            time,
+            first,
+            first,
+            steps=jnp.zeros((), dtype=int),
+            rejected=jnp.zeros((), dtype=int),
+            finished=jnp.array(False),
+            waiting=jnp.array(False),
+            result=SUCCESSFUL,
+            solver_state=solver_state,
+            control_state=control_state,
+        )
+        velocity = self.flow.velocity(point)
+        finite = _all_finite(point) & _all_finite(velocity)
+        met, met_result = self._at_rest(point)
+        result = RESULTS.where(met, met_result, SUCCESSFUL)
+        result = RESULTS.where(finite, result, RESULTS.not_finite)
+        state = eqx.tree_at(
+            lambda s: (s.finished, s.result), state, (met | ~finite, result)
+        )
+        # Solvers put Python numbers among their state; a loop wants arrays.
+        return jax.tree.map(
+            lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, state
+        )
+
+    def step(self, state: State[P], horizon: Scalar) -> State[P]:
+        """One trial step; changes nothing when the run is finished."""
+        remaining = horizon - state.time
+        landing = state.step_size >= 0.999 * remaining
+        size = jnp.where(landing, remaining, state.step_size)
+        zero = jnp.zeros_like(size)
+        terms = self._terms()
+        candidate, error, _, solver_state, solver_result = self.solver.step(
+            terms, zero, size, state.point, None, state.solver_state, made_jump=False
+        )
+        keep, start, end, _, control_state, _ = self.control.adapt_step_size(
+            zero,
+            size,
+            state.point,
+            candidate,
+            None,
+            error,
+            cast(Any, self.solver.error_order(terms)),
+            state.control_state,
+        )
+        next_size = jnp.asarray(end - start, dtype=size.dtype)
+        # A step cut short to land on the horizon says nothing against its
+        # predecessor; and an unbounded step would make 0 * inf.
+        next_size = jnp.where(
+            keep & landing, jnp.maximum(next_size, state.step_size), next_size
+        )
+        next_size = jnp.minimum(next_size, jnp.sqrt(jnp.finfo(size.dtype).max))
+        select = lambda new, old: jnp.where(keep, new, old)
+        point = jax.tree.map(select, candidate, state.point)
+        time = jnp.where(keep, state.time + size, state.time)
+        time = jnp.where(keep & landing, horizon, time)
+        steps = state.steps + jnp.where(keep, 1, 0)
+        rejected = state.rejected + jnp.where(keep, 0, 1)
+
+        # In order of precedence, last wins.
+        met, met_result = self._at_rest(point)
+        vanished = next_size <= VANISHED * state.first_step_size
+        exhausted = steps + rejected >= self.max_steps
+        arrived = keep & landing
+        own_result = cast(RESULTS, RESULTS.promote(solver_result))
+        failed = keep & (own_result != SUCCESSFUL)
+        result = RESULTS.where(failed, own_result, SUCCESSFUL)
+        finished = jnp.asarray(failed)
+        for condition, member in (
+            (vanished, RESULTS.step_size_vanished),
+            (exhausted, RESULTS.max_steps_reached),
+            (arrived, RESULTS.horizon_reached),
+            (keep & met, met_result),
+        ):
+            result = RESULTS.where(condition, cast(RESULTS, member), result)
+            finished = finished | condition
+        return State(
+            point,
+            time,
+            next_size,
+            state.first_step_size,
+            steps,
+            rejected,
+            finished,
+            state.waiting,
+            result,
+            jax.tree.map(select, solver_state, state.solver_state),
+            control_state,
+        )
+
+    def finished(self, state: State[P]) -> Bool[Array, ""]:
+        """Whether the run is over."""
+        return state.finished
+
+    def solution(self, state: State[P]) -> Solution[P]:
+        """What there is to say of a run, over or not."""
+        return Solution(
+            state.point,
+            self.flow.energy(state.point),
+            self.flow.speed(state.point),
+            state.time,
+            jnp.zeros_like(state.time),
+            None,
+            None,
+            state.result,
+            {
+                "steps": state.steps,
+                "rejected": state.rejected,
+                "rtol": jnp.asarray(self.control.rtol),
+            },
+        )
+
+    def _terms(self) -> diffrax.ODETerm:
+        return diffrax.ODETerm(lambda t, y, args: self.flow.velocity(y))
+
+    def _at_rest(self, point: P):
+        if self.stop is None:
+            return self.flow.speed(point) <= self.tolerance, SUCCESSFUL
+        return jnp.asarray(self.stop(point)), RESULTS.rule_met
+
+
+def _all_finite(tree) -> Bool[Array, ""]:
+    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(checks))

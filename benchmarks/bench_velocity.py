@@ -269,6 +269,7 @@ def _rows(problem, candidates, timings, lanes, errors) -> list[dict[str, Any]]:
             "what": name,
             "lanes": lanes[name],
             "us per lane": 1e6 * per_lane[name],
+            "spread": timings[name].spread,
             "speed over baseline": slowest / per_lane[name],
             "relative error": errors[name],
             "compile s": candidates[name].compile,

@@ -54,6 +54,11 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.samples)
 
+    @property
+    def spread(self) -> float:
+        """Largest minus smallest sample, relative to the median."""
+        return (max(self.samples) - min(self.samples)) / self.median
+
 
 def interleave(
     candidates: Mapping[str, Candidate], *, repeats: int = 5

@@ -90,5 +90,6 @@ def test_samples_are_interleaved(module, monkeypatch):
     for name, found in timings.items():
         assert found.result == name and found.calls == 1
         assert found.median == sorted(found.samples)[1]
+        assert found.spread >= 0
     with pytest.raises(ValueError, match="repeats must be >= 1"):
         timing.interleave({}, repeats=0)

@@ -1,3 +1,5 @@
+import itertools
+
 import diffrax
 import equinox as eqx
 import jax
@@ -8,7 +10,7 @@ import pytest
 
 from gradflow.descent import Descent, RESULTS, SUCCESSFUL
 from gradflow.flow import AbstractFlow, GradientFlow
-from gradflow.initial import BalancedInit, GaussianInit
+from gradflow.initial import GaussianInit
 from gradflow.manifolds import Euclidean
 from gradflow.models.base import AbstractEnergy
 from gradflow.models.linear import DeepLinear, invariants, LinearMap, SquaredLoss
@@ -31,6 +33,13 @@ class Quartic(AbstractEnergy):
         return self.sign * jnp.sum(point**4) / 4
 
 
+class Bowl(AbstractEnergy):
+    """E = (y_1^2 + 3 y_2^2) / 2: each y decays exponentially; compiles fast."""
+
+    def __call__(self, point):
+        return jnp.sum(_rates(point) * point**2) / 2
+
+
 class StackedFlow(AbstractFlow):
     """The flow of an autoencoder by a velocity that never saw the loss."""
 
@@ -41,7 +50,17 @@ class StackedFlow(AbstractFlow):
         return dynamics.stacked_velocity(self.energy.moments, point)
 
 
+def _rates(point):
+    return jnp.array([1.0, 3.0], point.dtype)
+
+
 BLOW_UP = GradientFlow(Quartic(-1.0))  # y = (1 - 2t)^(-1/2) from y = 1
+BOWL = GradientFlow(Bowl())
+ONES = jnp.ones(2)
+
+
+def _decayed(t):
+    return np.exp(-np.multiply.outer(np.asarray(t), np.array([1.0, 3.0])))
 
 
 @pytest.fixture
@@ -62,6 +81,14 @@ def _never(point):
     return jnp.array(False)
 
 
+def _large(point):
+    return point > 0.5
+
+
+def _count(point):
+    return jnp.array(3)
+
+
 def _orthogonal(rng, size):
     return np.linalg.qr(rng.normal(size=(size, size)))[0]
 
@@ -69,6 +96,19 @@ def _orthogonal(rng, size):
 def _whitened(target):
     target = jnp.asarray(target)
     return Moments(jnp.eye(target.shape[1]), target.T, target @ target.T, 1)
+
+
+def _balanced(rng, widths, product):
+    """As `BalancedInit`, by numpy: eager jax would compile each shape anew."""
+    rank = min(widths)
+    left, values, right = np.linalg.svd(product)
+    root = np.where(values > 1e-12, values, 0)[:rank] ** (1 / (len(widths) - 1))
+    inner = [_orthogonal(rng, width)[:, :rank] for width in widths[1:-1]]
+    frames = [right[:rank].T, *inner, left[:, :rank]]
+    pairs = itertools.pairwise(frames)
+    return DeepLinear(
+        tuple(jnp.asarray(upper * root @ lower.T) for lower, upper in pairs)
+    )
 
 
 def _small_problem():
@@ -102,7 +142,7 @@ def test_follows_the_exact_flow_of_two_layers(rng, widths, rank, scale):
     product = rng.normal(size=(y_dim, rank)) @ rng.normal(size=(rank, x_dim))
     moments = _whitened(target)
     flow = GradientFlow(SquaredLoss(moments))
-    start = BalancedInit(widths, jnp.asarray(scale * product))(jr.key(0))
+    start = _balanced(rng, widths, scale * product)
     # Beyond, rounding wakes the idle units of a deficient start: e^(2 sigma t).
     times = np.array([0.0, 0.3, 1.0, 2.5, 4.0])
     solve = eqx.filter_jit(dynamics.whitened_two_layer)
@@ -130,7 +170,7 @@ def test_follows_decoupled_modes(rng, depth):
         jnp.eye(3),
         1,
     )
-    start = BalancedInit((3,) * (depth + 1), jnp.asarray(left * u0 @ right.T))
+    start = _balanced(rng, (3,) * (depth + 1), left * u0 @ right.T)
     times = np.array([0.3, 1.0, 3.0, 6.0])
     exact = np.stack(
         [
@@ -141,7 +181,7 @@ def test_follows_decoupled_modes(rng, depth):
     )
     flow = GradientFlow(SquaredLoss(moments))
     for rtol in RTOLS:
-        _, history = _observed(flow, start(jr.key(1)), times, {"w": _product}, rtol)
+        _, history = _observed(flow, start, times, {"w": _product}, rtol)
         found = left.T @ history["w"] @ right
         expected = np.stack([np.diag(row) for row in exact])
         assert np.max(np.abs(found - expected)) <= 100 * rtol * np.max(np.abs(exact))
@@ -202,11 +242,10 @@ def test_a_long_plateau_loses_no_digits():
 def test_balancedness_does_not_drift(rng, balanced):
     moments = Moments.from_data(rng.normal(size=(30, 4)), rng.normal(size=(30, 4)))
     flow = GradientFlow(SquaredLoss(moments))
-    if balanced:
-        init = BalancedInit((4, 4, 4, 4), jnp.asarray(rng.normal(size=(4, 4))))
-    else:
-        init = GaussianInit((4, 4, 4, 4), 0.5)
-    start, times = init(jr.key(0)), [0.0, 1.0, 10.0, 50.0, 200.0]
+    start = _balanced(rng, (4, 4, 4, 4), rng.normal(size=(4, 4)))
+    if not balanced:
+        start = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape)) / 2, start)
+    times = [0.0, 1.0, 10.0, 50.0, 200.0]
     for rtol in (1e-6, 1e-8, 1e-10):
         _, history = _observed(flow, start, times, {"i": invariants}, rtol)
         for matrix in history["i"]:
@@ -223,7 +262,7 @@ def test_a_run_comes_to_rest_at_the_default_tolerance(rng):
     loss = SquaredLoss(Moments(xx, xx, xx, 1, autoencoding=True))
     init = GaussianInit((20, 2, 11, 20), 0.3)
     descend = lambda key: integrate(GradientFlow(loss), init(key), throw=False)
-    solution = jax.jit(jax.vmap(descend))(jr.split(jr.key(0), 8))
+    solution = jax.jit(jax.vmap(descend))(jr.split(jr.key(0), 4))
     assert set(names_of(RESULTS, solution.result)) == {"successful"}
     assert np.all(solution.speed <= 1e-6)
     assert np.max(solution.stats["steps"]) < 4000
@@ -235,67 +274,61 @@ def test_a_run_comes_to_rest_at_the_default_tolerance(rng):
 
 
 def test_solution_describes_the_end():
-    flow, start, _ = _small_problem()
-    solution = integrate(flow, start)
+    solution = integrate(BOWL, ONES)
     assert solution.result == SUCCESSFUL
-    np.testing.assert_allclose(solution.speed, flow.speed(solution.point), rtol=1e-12)
-    np.testing.assert_allclose(solution.energy, flow.energy(solution.point), rtol=1e-12)
+    np.testing.assert_allclose(solution.speed, BOWL.speed(solution.point), rtol=1e-12)
+    np.testing.assert_allclose(solution.energy, BOWL.energy(solution.point), rtol=1e-12)
     assert 1e-7 < solution.speed <= 1e-6
-    assert 5 < solution.time < 50
+    assert 13 < solution.time < 16
     assert solution.times is None and solution.history is None
     # The distance is relative to where it ended.
-    pairs = list(zip(solution.point.factors(), start.factors(), strict=True))
-    moved = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs))
-    size = np.sqrt(sum(np.sum(a**2) for a, _ in pairs))
-    np.testing.assert_allclose(solution.distance, moved / size, rtol=1e-12)
+    moved = np.linalg.norm(solution.point - ONES) / np.linalg.norm(solution.point)
+    np.testing.assert_allclose(solution.distance, moved, rtol=1e-12)
     assert solution.stats["steps"] > 50 and np.isclose(solution.stats["rtol"], 1e-9)
     # A looser tolerance stops earlier.
-    early = integrate(flow, start, tolerance=1e-3)
+    early = integrate(BOWL, ONES, tolerance=1e-3)
     assert early.time < solution.time and 1e-4 < early.speed <= 1e-3
 
 
 def test_a_start_at_rest_has_ended():
-    flow, _, _ = _small_problem()
-    origin = DeepLinear((jnp.zeros((2, 2)),) * 2)
-    solution = integrate(flow, origin)
+    solution = integrate(BOWL, jnp.zeros(2))
     assert solution.result == SUCCESSFUL
     assert solution.time == 0 and solution.stats["steps"] == 0
+    assert solution.distance == 0
 
 
 def test_a_rule_replaces_the_speed():
-    flow, start, _ = _small_problem()
-    low = lambda point: flow.energy(point) < 0.1
-    solution = integrate(flow, start, stop=low)
+    low = lambda point: BOWL.energy(point) < 0.1
+    solution = integrate(BOWL, ONES, stop=low)
     assert solution.result == RESULTS.rule_met
     assert 0.01 < solution.energy < 0.1 and solution.speed > 0.1
+    at_once = integrate(BOWL, ONES / 10, stop=low)
+    assert at_once.result == RESULTS.rule_met and at_once.time == 0
     # It alone decides: a point at rest that does not meet it runs on.
-    resting = integrate(flow, start, stop=_never, horizon=100.0)
+    resting = integrate(BOWL, ONES, stop=_never, horizon=100.0)
     assert resting.result == RESULTS.horizon_reached and resting.time == 100.0
     assert resting.speed < 1e-6
-    at_once = integrate(flow, start, stop=lambda point: jnp.array(True))
-    assert at_once.result == RESULTS.rule_met and at_once.time == 0
 
 
 def test_horizon_reached_is_no_failure():
-    flow, start, _ = _small_problem()
-    solution = integrate(flow, start, horizon=0.7)
+    solution = integrate(BOWL, ONES, horizon=0.7)
     assert solution.result == RESULTS.horizon_reached and solution.time == 0.7
+    np.testing.assert_allclose(solution.point, _decayed(0.7), rtol=1e-7)
 
 
 def test_steps_used_up():
-    flow, start, _ = _small_problem()
     with pytest.raises(
         RuntimeError, match=r"^7 steps used at t=0\.\d+, speed .*: raise"
     ):
-        integrate(flow, start, max_steps=7)
-    solution = integrate(flow, start, max_steps=7, throw=False)
+        integrate(BOWL, ONES, max_steps=7)
+    solution = integrate(BOWL, ONES, max_steps=7, throw=False)
     assert solution.result == RESULTS.max_steps_reached
     assert solution.stats["steps"] + solution.stats["rejected"] == 7
     text = failure_text(solution)
     assert f"t={float(solution.time):.6g}" in text and "max_steps" in text
     # Compiled into a larger program it is an error all the same.
     with pytest.raises(RuntimeError, match="maximum number of solver steps"):
-        eqx.filter_jit(lambda point: integrate(flow, point, max_steps=7))(start)
+        eqx.filter_jit(lambda point: integrate(BOWL, point, max_steps=7))(ONES)
 
 
 def test_blow_up():
@@ -329,48 +362,48 @@ def names_of_members(enumeration):
 
 
 def test_lanes_fail_alone():
-    flow, start, _ = _small_problem()
-    scales = jnp.array([1.0, jnp.nan, 2.0, 1e200])
-    lanes = jax.vmap(lambda scale: jax.tree.map(lambda w: scale * w, start))(scales)
-    descend = lambda point: integrate(flow, point, max_steps=150, throw=False)
+    flow = GradientFlow(Quartic(1.0))
+    lanes = jnp.array([[1.0, 0.5], [1.0, jnp.nan], [2.0, -3.0], [1.0, 1e200]])
+    descend = lambda point: integrate(flow, point, throw=False)
     together = jax.vmap(descend)(lanes)
     names = list(names_of(RESULTS, together.result))
     assert names == ["successful", "not_finite", "successful", "not_finite"]
     # Alone, the others end in the same place, in as many steps.
     for lane in (0, 2):
-        alone = descend(jax.tree.map(lambda w, lane=lane: w[lane], lanes))
+        alone = descend(lanes[lane])
         assert alone.stats["steps"] == together.stats["steps"][lane]
-        product = jax.vmap(_product)(together.point)[lane]
-        np.testing.assert_allclose(alone.point.matrix(), product, rtol=1e-7)
+        # (Rounding moves the steps a little, and so where the last one ends.)
+        np.testing.assert_allclose(alone.point, together.point[lane], rtol=1e-5)
 
 
 # --- Observations.
 
 
 def test_observes_several_functions_from_time_zero():
-    flow, start, moments = _small_problem()
-    theory = LinearTheory(SquaredLoss(moments), 2)
-    times = np.array([0.0, 1e-9, 1.0, 20.0])
+    times = np.array([0.0, 1e-9, 0.5, 20.0])
     observe = {
-        "w": _product,
-        "pair": invariants,
-        "active": theory.active,
-        "count": lambda point: jnp.array(3),
+        "y": _itself,
+        "pair": lambda point: (point, {"norm": jnp.linalg.norm(point)}),
+        "large": _large,
+        "count": _count,
     }
-    solution, history = _observed(flow, start, times, observe, 1e-9)
+    solution, history = _observed(BOWL, ONES, times, observe, 1e-9)
     assert set(history) == set(observe) and solution.result == RESULTS.horizon_reached
-    np.testing.assert_array_equal(history["w"][0], start.matrix())
-    np.testing.assert_array_equal(history["w"][-1], solution.point.matrix())
-    assert history["w"].shape == (4, 2, 2) and history["pair"][0].shape == (4, 2, 2)
+    np.testing.assert_array_equal(history["y"][0], ONES)
+    np.testing.assert_array_equal(history["y"][-1], solution.point)
+    np.testing.assert_allclose(history["y"][:3], _decayed(times[:3]), rtol=1e-7)
+    norms = np.linalg.norm(history["y"], axis=1)
+    np.testing.assert_allclose(history["pair"][1]["norm"], norms, rtol=1e-12)
     # Flags and counts come as floating numbers, among which there is a NaN.
-    np.testing.assert_array_equal(history["active"], [[0, 0], [0, 0], [1, 1], [1, 1]])
-    assert history["active"].dtype == history["count"].dtype == jnp.float64
+    np.testing.assert_array_equal(history["large"], [[1, 1], [1, 1], [1, 0], [0, 0]])
+    assert history["large"].dtype == history["count"].dtype == jnp.float64
     # The speed does not end an observed run, nor does a rule.
-    late, energies = _observed(
-        flow, start, [5.0, 500.0], None, 1e-9, stop=theory.certificate
-    )
+    always = lambda point: jnp.array(True)
+    late, energies = _observed(BOWL, ONES, [1.0, 500.0], None, 1e-9, stop=always)
     assert late.time == 500.0 and set(energies) == {"energy"}
-    assert 0 <= energies["energy"][1] + 1e-12 < energies["energy"][0]
+    expected = np.sum(_decayed(1.0) ** 2 * [1, 3]) / 2
+    np.testing.assert_allclose(energies["energy"][0], expected, rtol=1e-7)
+    assert abs(energies["energy"][1]) < 1e-12
 
 
 def test_a_failed_run_is_nan_from_there_on():
@@ -412,40 +445,38 @@ def test_a_failed_run_is_nan_from_there_on():
     ids=lambda value: type(value).__name__,
 )
 def test_any_solver_will_do(method, rtol):
-    flow, start, moments = _small_problem()
     end = integrate(
-        flow, start, horizon=2.0, rtol=rtol, tolerance=1e3 * rtol, method=method
-    )
+        BOWL, ONES, horizon=2.0, rtol=rtol, tolerance=1e3 * rtol, method=method,
+        stop=_never,
+    )  # fmt: skip
     assert end.result == RESULTS.horizon_reached and end.time == 2.0
-    exact = dynamics.whitened_two_layer(moments, start, 2.0).matrix
     # Order 1 adds up the errors of some hundred steps.
-    assert np.max(np.abs(end.point.matrix() - exact)) <= 100 * rtol
+    assert np.max(np.abs(end.point - _decayed(2.0))) <= 100 * rtol
 
 
 def test_relay_of_methods():
-    flow, start, moments = _small_problem()
     relay = (diffrax.Tsit5(), stiff())
-    run = lambda **options: integrate(flow, start, tolerance=1e-5, **options)
-    solution = run(method=relay, max_steps=40)
+    run = lambda **options: integrate(BOWL, ONES, tolerance=1e-5, **options)
+    alone, both = run(), run(method=relay)
+    whole = int(alone.stats["steps"] + alone.stats["rejected"])
+    # If the first gets there by itself the second is idle.
+    assert alone.stats["steps"] == both.stats["steps"]
+    np.testing.assert_allclose(alone.time, both.time, rtol=1e-9)
+    # If not, the second goes on from there, with steps of its own.
+    part = whole // 2
+    failed = run(max_steps=part, throw=False)
+    assert failed.result == RESULTS.max_steps_reached and failed.time < alone.time
+    solution = run(method=relay, max_steps=part + 10)
     assert solution.result == SUCCESSFUL and solution.speed <= 1e-5
     trials = solution.stats["steps"] + solution.stats["rejected"]
-    assert 40 < trials < 80
-    # The first did not get there by itself, and if it does the second is idle.
-    failed = run(method=relay[:1], max_steps=40, throw=False)
-    assert failed.result == RESULTS.max_steps_reached and failed.time < solution.time
-    alone, both = run(), run(method=relay)
-    assert alone.stats["steps"] == both.stats["steps"]
-    np.testing.assert_allclose(alone.time, both.time, rtol=1e-12)
+    assert part + 10 < trials < 2 * (part + 10)
     # Observed, it changes over between two times.
     times = np.array([0.0, 0.5, 1.5, 3.0, 6.0])
     solution, history = _observed(
-        flow, start, times, {"w": _product}, 1e-8, method=relay, max_steps=60
+        BOWL, ONES, times, {"y": _itself}, 1e-8, method=relay, max_steps=part + 10
     )
-    assert solution.stats["steps"] + solution.stats["rejected"] > 60
-    exact = [
-        dynamics.whitened_two_layer(moments, start, float(t)).matrix for t in times
-    ]
-    np.testing.assert_allclose(history["w"], np.stack(exact), atol=1e-6)
+    assert solution.stats["steps"] + solution.stats["rejected"] > part + 10
+    np.testing.assert_allclose(history["y"], _decayed(times), atol=1e-6)
     # When both run out, the last one says so.
     with pytest.raises(RuntimeError, match="^14 steps used"):
         run(method=relay, max_steps=7)
@@ -464,9 +495,8 @@ def test_a_failure_is_handed_on():
 
 
 def test_a_stored_state_goes_on_as_if_nothing_had_been(tmp_path):
-    flow, start, _ = _small_problem()
     descent = Descent(
-        flow,
+        BOWL,
         diffrax.Tsit5(),
         NormwiseStepSize(jnp.asarray(1e-9)),
         jnp.asarray(1e-6),
@@ -481,7 +511,7 @@ def test_a_stored_state_goes_on_as_if_nothing_had_been(tmp_path):
             state = step(state, horizon)
         return state
 
-    begun = eqx.filter_jit(descent.init)(start, jnp.asarray(0.0))
+    begun = eqx.filter_jit(descent.init)(ONES, jnp.asarray(0.0))
     whole = finish(begun)
     state = begun
     for _ in range(25):
@@ -497,14 +527,11 @@ def test_a_stored_state_goes_on_as_if_nothing_had_been(tmp_path):
     stored = np.load(tmp_path / "state.npz", allow_pickle=False)
     restored = [jnp.asarray(stored[name]) for name in stored.files]
     solution = descent.solution(finish(jax.tree.unflatten(structure, restored)))
-    np.testing.assert_array_equal(solution.point.matrix(), whole.point.matrix())
+    np.testing.assert_array_equal(solution.point, whole.point)
     # And it is what `integrate` does.
-    integrated = integrate(flow, start)
+    integrated = integrate(BOWL, ONES)
     assert integrated.stats["steps"] == solution.stats["steps"]
     np.testing.assert_allclose(integrated.time, solution.time, rtol=1e-6)
-    # A finished run changes no more.
-    after = step(whole, horizon)
-    assert after.steps == whole.steps + 1 or after.finished
 
 
 # --- Precision and arguments.
@@ -524,14 +551,12 @@ def test_float32_comes_to_rest_at_its_own_default():
     ):
         assert value.dtype == jnp.float32
     assert np.isclose(solution.stats["rtol"], 1e-5)
-    solution = integrate(
-        flow32, single(start), times=jnp.array([0.0, 2.0]), observe={"w": _product}
-    )
-    assert solution.history is not None
-    assert solution.history["w"].dtype == jnp.float32
-    found = np.asarray(solution.history["w"], np.float64)
-    exact = dynamics.whitened_two_layer(moments, start, 2.0).matrix
-    assert np.max(np.abs(found[1] - exact)) < 100 * 1e-5
+    best = np.linalg.norm(np.asarray(solution.point.matrix()) - moments.xy.T)
+    assert best < 1e-1
+    # Its default rtol is 1e-5; times and observations are in single precision too.
+    solution, history = _observed(BOWL, single(ONES), [0.0, 2.0], {"y": _itself}, 1e-5)
+    assert history["y"].dtype == solution.time.dtype == jnp.float32
+    assert np.max(np.abs(np.asarray(history["y"][1]) - _decayed(2.0))) < 100 * 1e-5
     with pytest.raises(ValueError, match="below what float32 can reach"):
         integrate(flow32, single(start), tolerance=1e-6)
 
@@ -569,9 +594,8 @@ REFUSED = [
 
 @pytest.mark.parametrize("options, text", REFUSED, ids=lambda value: None)
 def test_refuses(options, text):
-    flow, start, _ = _small_problem()
     with pytest.raises(ValueError, match=text):
-        integrate(flow, start, **options)
+        integrate(BOWL, ONES, **options)
 
 
 def test_refuses_what_is_not_a_number_or_a_solver():
@@ -602,11 +626,8 @@ def test_refuses_points_that_are_not_floating(point):
 
 def test_a_traced_number_is_taken_as_it_is():
     # A sweep over max_steps under vmap can't be checked beforehand, and works.
-    flow, start, _ = _small_problem()
-    steps = jnp.array([5, 400])
-    solution = jax.vmap(lambda n: integrate(flow, start, max_steps=n, throw=False))(
-        steps
-    )
+    descend = lambda count: integrate(BOWL, ONES, max_steps=count, throw=False)
+    solution = jax.vmap(descend)(jnp.array([5, 400]))
     names = list(names_of(RESULTS, solution.result))
     assert names == ["max_steps_reached", "successful"]
 

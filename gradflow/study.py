@@ -26,7 +26,8 @@ class Study(eqx.Module, Generic[P, F]):
     - `initialize`: from a key to a point.
     - `descend`: from a point to a `Solution` (a flow, EM, your own loop). Or several of
       them: each goes on with the draws for which the one before it ran out of steps,
-      gathered together, so that few slow draws do not hold up a whole batch.
+      gathered together, so that few slow draws do not hold up a whole batch. Times and
+      steps add up; a horizon counts from where each begins.
     - `inspect`: from that solution to a finding, e.g. `classify`.
     - `draws`: how many. `batch`: how many are run at once; it bounds memory and does
       not change what draw i is.

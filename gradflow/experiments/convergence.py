@@ -8,6 +8,7 @@ Theorems 39 and 40.
 
 import dataclasses
 import itertools
+import math
 import time
 from typing import Any, Literal
 
@@ -155,13 +156,17 @@ def _study(config: Config, theory: LinearTheory, depth: int, scale: float):
     start = GaussianInit if config.start == "gaussian" else OrthogonalInit
     flow = GradientFlow(theory.energy)
     weights = sum(a * b for a, b in itertools.pairwise(widths))
-    # Few draws need many steps, so those that do go on together; and an implicit
-    # method takes what an explicit one can't finish, if its Jacobian fits.
-    stages: list[tuple[diffrax.AbstractSolver, int]]
-    quick = min(QUICK_STEPS, config.max_steps)
-    stages = [(diffrax.Tsit5(), quick), (diffrax.Tsit5(), config.max_steps)]
+    # An implicit method takes what an explicit one can't finish, if its Jacobian fits.
+    methods: list[diffrax.AbstractSolver] = [diffrax.Tsit5()]
     if weights <= LARGEST_IMPLICIT:
-        stages.append((stiff(), config.max_steps))
+        methods.append(stiff())
+    if math.isinf(config.horizon):
+        # Few draws need many steps, so those that do go on together.
+        quick = min(QUICK_STEPS, config.max_steps)
+        stages = [(methods[0], quick), *((m, config.max_steps) for m in methods)]
+    else:
+        # Each descent of a study has its own clock: one descent, one horizon.
+        stages = [(methods, config.max_steps)]
     descents = tuple(
         eqx.Partial(
             integrate,

@@ -179,3 +179,20 @@ def test_critical_lines_are_the_greedy_chain():
     np.testing.assert_allclose(lines, [6.5, 2.0], rtol=1e-12)
     # Those above all runs are left out.
     assert convergence._lines(theory, 2.0, least) == lines[1:]
+
+
+def test_a_horizon_is_kept_by_slow_draws_too():
+    config = Config(
+        data="gaussian",
+        dimension=3,
+        rank=1,
+        depths=(3,),
+        scales=(0.01,),
+        draws=4,
+        horizon=2.0,
+        curves=0,
+    )
+    report = run(config, progress=False)
+    assert report.rows[0]["median time"] == 2.0
+    assert report.rows[0]["undecided"] == 4
+    assert all("horizon_reached at t=2" in note for note in report.notes)

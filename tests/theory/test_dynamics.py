@@ -1,5 +1,6 @@
 import math
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -12,6 +13,9 @@ from gradflow.initial import BalancedInit
 from gradflow.models.linear import DeepLinear, SquaredLoss
 from gradflow.moments import Moments
 from gradflow.theory import dynamics
+
+
+SOLVE = eqx.filter_jit(dynamics.whitened_two_layer)
 
 
 def _whitened(target):
@@ -55,9 +59,7 @@ def test_whitened_two_layer_solves_the_factor_flow(getkey, x, hidden, y, rank, s
     target = jr.normal(getkey(), (y, x))
     start = jr.normal(getkey(), (y, rank)) @ jr.normal(getkey(), (rank, x))
     network = BalancedInit((x, hidden, y), scale * start)(getkey())
-    exact = jax.jit(
-        lambda t: dynamics.whitened_two_layer(_whitened(target), network, t)
-    )
+    exact = lambda t: SOLVE(_whitened(target), network, jnp.asarray(t))
     for t in (0.4, 3.0):
         first, second = _naive_factors(target, network, t)
         found = exact(t)
@@ -76,7 +78,7 @@ def test_whitened_two_layer_worked_example():
     entries = jnp.diag(jnp.array([0.4, 0.2, 0.1]))
     first = jnp.concatenate([entries, jnp.zeros((3, 1))], axis=1)
     network = DeepLinear((first, entries))
-    found = dynamics.whitened_two_layer(_whitened(target), network, 3.0).matrix
+    found = SOLVE(_whitened(target), network, jnp.asarray(3.0)).matrix
     expected = [
         [1.491790810782, 0.226197202845, 0.003515340494, 0.092826212188],
         [0.320349876248, 0.813065358430, 0.224615095101, 0.043918748921],
@@ -93,15 +95,14 @@ def test_whitened_two_layer_does_not_overflow(getkey):
     target = (left * values[None, :]) @ right.T
     network = BalancedInit((4, 2, 4), 0.1 * left[:, :2] @ right[:, :2].T)(getkey())
     moments = _whitened(target)
-    found = dynamics.whitened_two_layer(moments, network, 500.0)
+    found = SOLVE(moments, network, jnp.asarray(500.0))
     best = (left[:, :2] * values[None, :2]) @ right[:, :2].T
     np.testing.assert_allclose(found.matrix, best, atol=1e-13)
     # Composed or not makes no difference.
-    once = dynamics.whitened_two_layer(moments, network, 0.9)
+    once = SOLVE(moments, network, jnp.asarray(0.9))
     for _ in range(2):
-        factors = _factors_of(once, 2)
-        once = dynamics.whitened_two_layer(moments, factors, 0.9)
-    thrice = dynamics.whitened_two_layer(moments, network, 2.7)
+        once = SOLVE(moments, _factors_of(once, 2), jnp.asarray(0.9))
+    thrice = SOLVE(moments, network, jnp.asarray(2.7))
     np.testing.assert_allclose(once.matrix, thrice.matrix, atol=1e-13)
 
 
@@ -115,7 +116,7 @@ def test_whitened_two_layer_keeps_an_idle_unit_idle(getkey):
     # Rank is conserved exactly, where integrators of the factors lose it by rounding.
     target = jr.normal(getkey(), (3, 3))
     network = BalancedInit((3, 3, 3), jnp.outer(target[:, 0], target[1]))(getkey())
-    found = dynamics.whitened_two_layer(_whitened(target), network, 100.0)
+    found = SOLVE(_whitened(target), network, jnp.asarray(100.0))
     values = jnp.linalg.svd(found.matrix, compute_uv=False)
     assert values[0] > 0.1 and values[1] < 1e-14
 

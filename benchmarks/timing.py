@@ -21,7 +21,7 @@ from gradflow.report import environment
 
 
 # A sample shorter than this is noise of the clock and of dispatch: calls are repeated.
-SHORTEST_SAMPLE = 0.02
+SHORTEST_SAMPLE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -373,7 +373,7 @@ for value in chain:
     top.axhline(value, color="black", lw=0.7, zorder=0)
 top.plot(slow_t, slow_loss, color=gf.plot.RUNS[0], lw=1.5)
 top.axvline(predicted, color="black", lw=0.7, ls=":")
-top.text(predicted, chain[0], " predicted", va="bottom", ha="center", fontsize=7)
+top.text(predicted, 20, "predicted ", ha="right")
 top.set_yscale("log")
 top.set_yticks([10, 20, 30], ["10", "20", "30"])
 top.minorticks_off()

@@ -7,6 +7,7 @@ from . import (
     solvers as solvers,
     theory as theory,
 )
+from .audit import Audit as Audit
 from .critical import (
     classify as classify,
     CriticalPoint as CriticalPoint,

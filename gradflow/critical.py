@@ -36,6 +36,10 @@ class RULE(eqx.Enumeration):
 
     loss_certificate = "The loss is below every critical value but the least."
     closed_form = "The point is a known critical point, and second-order analysis."
+    sign_obstruction = (
+        "The sign of the determinant, which the flow keeps, excludes the minimum, and "
+        "the loss all saddles but one."
+    )
     none = "No rule decided."
 
 
@@ -52,6 +56,9 @@ class CriticalPoint(eqx.Module):
       needs none, and above 1024 coordinates it is too large.
     - `remaining`: predicted time to leave the neighborhood of the nearest critical
       point: 0 if certified, infinite at a critical point.
+    - `precision_limited`: the run that led here broke an invariant of the exact flow,
+      so that the verdict says nothing about its start; `limited_at`: when (infinite:
+      never; NaN: the run was not audited).
     """
 
     kind: KIND
@@ -65,6 +72,8 @@ class CriticalPoint(eqx.Module):
     curvature: Scalar
     index: Int[Array, ""]
     remaining: Scalar
+    precision_limited: Bool[Array, ""]
+    limited_at: Scalar
 
 
 def classify(
@@ -82,12 +91,13 @@ def classify(
 
     1. not finite: `diverged`;
     2. `theory.certificate` holds: `global_minimum`;
-    3. a critical point to rounding: its kind by the theory's second-order analysis. A
+    3. `theory.saddle_limit` is certain: that saddle (points of fixed rank only);
+    4. a critical point to rounding: its kind by the theory's second-order analysis. A
        point 1e-10 away is not one: it may leave, and is left open. So is the end of a
        run that moved to within rounding of a saddle: only if what keeps it there is
        exactly 0 (a symmetric start, say) does its limit not depend on rounding;
-    4. faster than `speed_tol`: `not_critical`;
-    5. `unresolved`, with the predicted `remaining` time.
+    5. faster than `speed_tol`: `not_critical`;
+    6. `unresolved`, with the predicted `remaining` time.
 
     **Arguments:**
 
@@ -95,7 +105,10 @@ def classify(
       times the largest in absolute value, or 1 if that is less. (Hessian of the energy
       in a chart: at a critical point its inertia does not depend on the metric.)
 
-    *Reference:* rules 2 and 3 are those of the theory.
+    All of this is about the flow from the point at hand. Whether the run followed the
+    exact flow up to there is what `precision_limited` says, if it was audited.
+
+    *Reference:* rules 2 to 4 are those of the theory.
     """
     point = cast(P, at.point if isinstance(at, Solution) else at)
     stayed = at.distance <= STAYED if isinstance(at, Solution) else jnp.array(True)
@@ -107,7 +120,9 @@ def classify(
     safe = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), point)
     certified = theory.certificate(safe) & finite
     match = theory.match(safe)
-    open_case = finite & ~certified
+    limit = theory.saddle_limit(safe)
+    obstructed = jnp.array(False) if limit is None else limit.certain & finite
+    open_case = finite & ~certified & ~obstructed
     curvature, index = jax.lax.cond(
         open_case,
         lambda: _inertia(flow, safe, curvature_tol),
@@ -119,9 +134,26 @@ def classify(
         lambda: theory.remaining(safe),
         lambda: jnp.where(certified, jnp.zeros_like(energy), jnp.inf),
     )
+    if limit is not None:
+        match = eqx.tree_at(
+            lambda m: (m.modes, m.value, m.rank),
+            match,
+            (
+                jnp.where(obstructed, limit.modes, match.modes),
+                jnp.where(obstructed, limit.value, match.value),
+                jnp.where(obstructed, limit.rank, match.rank),
+            ),
+        )
     # The two second-order roads must not contradict each other.
     nonstrict = match.nonstrict & saddle_stays & ~(index > 0)
     strict = match.strict & saddle_stays & (index != 0)
+
+    broken = at.broken if isinstance(at, Solution) else None
+    limited_at = jnp.full_like(energy, jnp.nan)
+    if broken is not None:
+        limited_at = jnp.min(
+            jnp.stack([*broken.values(), jnp.full_like(energy, jnp.inf)])
+        )
 
     kind, rule = KIND.unresolved, RULE.none
     for condition, member, by in (
@@ -129,6 +161,7 @@ def classify(
         (strict, KIND.strict_saddle, RULE.closed_form),
         (nonstrict, KIND.nonstrict_saddle, RULE.closed_form),
         (match.optimal, KIND.global_minimum, RULE.closed_form),
+        *_obstruction(limit, obstructed),
         (certified, KIND.global_minimum, RULE.loss_certificate),
         (~finite, KIND.diverged, RULE.none),
     ):
@@ -146,6 +179,18 @@ def classify(
         curvature,
         index,
         remaining,
+        jnp.isfinite(limited_at),
+        limited_at,
+    )
+
+
+def _obstruction(limit, obstructed):
+    """The verdicts of a theory that has a rule for saddles."""
+    if limit is None:
+        return ()
+    return (
+        (obstructed & limit.strict, KIND.strict_saddle, RULE.sign_obstruction),
+        (obstructed & ~limit.strict, KIND.nonstrict_saddle, RULE.sign_obstruction),
     )
 
 
@@ -165,6 +210,11 @@ def describe(finding: CriticalPoint) -> str:
         if remaining < float("inf"):
             leaving = f"about {remaining:.3g} more time to leave it"
         return f"{name} ({evidence}; {leaving})"
+    if bool(finding.precision_limited):
+        evidence += (
+            f"; precision_limited: the run left the exact flow at "
+            f"t={float(finding.limited_at):.4g}"
+        )
     return f"{name} by {names_of(RULE, finding.rule)[()]} ({evidence})"
 
 

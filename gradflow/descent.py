@@ -59,6 +59,8 @@ class Solution(eqx.Module, Generic[P]):
     - `times`, `history`: the observations asked for, or `None`.
     - `result`: a `RESULTS` member.
     - `stats`: `steps` accepted, `rejected` steps, and `rtol`.
+    - `broken`: when the run first broke each invariant of the exact flow (infinite:
+      never); `None` if no audit was asked for. From then on it rests on rounding.
     """
 
     point: P
@@ -70,6 +72,7 @@ class Solution(eqx.Module, Generic[P]):
     history: dict[str, PyTree[Array]] | None
     result: RESULTS
     stats: dict[str, Any]
+    broken: dict[str, Scalar] | None = None
 
 
 class State(eqx.Module, Generic[P]):
@@ -86,6 +89,7 @@ class State(eqx.Module, Generic[P]):
     result: RESULTS
     solver_state: PyTree
     control_state: PyTree
+    broken: dict[str, Scalar]
 
 
 class Descent(eqx.Module, Generic[P]):
@@ -93,6 +97,7 @@ class Descent(eqx.Module, Generic[P]):
 
     - `stop`: a predicate that ends the run as `rule_met`; when it is `None` the run
       ends as `successful` at a speed of at most `tolerance`.
+    - `audit`: tells of a point which invariants of the exact flow it breaks.
     """
 
     flow: AbstractFlow[P]
@@ -101,6 +106,7 @@ class Descent(eqx.Module, Generic[P]):
     tolerance: Scalar
     stop: Callable[[P], Bool[Array, ""]] | None
     max_steps: Int[Array, ""]
+    audit: Callable[[P], dict[str, Bool[Array, ""]]] | None = None
 
     def init(self, point: P, time: Scalar) -> State[P]:
         """A run that starts at `point`."""
@@ -130,6 +136,7 @@ class Descent(eqx.Module, Generic[P]):
             result=SUCCESSFUL,
             solver_state=solver_state,
             control_state=control_state,
+            broken=self._broken(point, time, None),
         )
         velocity = self.flow.velocity(point)
         finite = _all_finite(point) & _all_finite(velocity)
@@ -207,6 +214,7 @@ class Descent(eqx.Module, Generic[P]):
             result,
             jax.tree.map(select, solver_state, state.solver_state),
             control_state,
+            self._broken(point, time, state.broken),
         )
 
     def finished(self, state: State[P]) -> Bool[Array, ""]:
@@ -229,7 +237,21 @@ class Descent(eqx.Module, Generic[P]):
                 "rejected": state.rejected,
                 "rtol": jnp.asarray(self.control.rtol),
             },
+            None if self.audit is None else state.broken,
         )
+
+    def _broken(self, point: P, time: Scalar, before: dict[str, Scalar] | None):
+        """When each invariant was first broken."""
+        if self.audit is None:
+            return {}
+        never = jnp.full_like(time, jnp.inf)
+        now = {
+            name: jnp.where(flag, time, never)
+            for name, flag in self.audit(point).items()
+        }
+        if before is None:
+            return now
+        return {name: jnp.minimum(before[name], moment) for name, moment in now.items()}
 
     def _terms(self) -> diffrax.ODETerm:
         return diffrax.ODETerm(lambda t, y, args: self.flow.velocity(y))

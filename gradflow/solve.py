@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .descent import Descent, RESULTS, Solution, SUCCESSFUL
 from .flow import AbstractFlow
+from .models.low_rank import LowRank
+from .solvers.rank_preserving import RankPreserving
 from .solvers.step_control import NormwiseStepSize, root_mean_square
 from .types import P
 
@@ -40,6 +42,7 @@ def integrate(
     observe: Mapping[str, Callable[[P], PyTree[Array]]] | None = None,
     method: diffrax.AbstractSolver | Sequence[diffrax.AbstractSolver] = TSIT5,
     max_steps: int | Int[Array, ""] = 16384,
+    audit: Callable[[P], Callable[[P], dict[str, Bool[Array, ""]]]] | None = None,
     throw: bool = True,
 ) -> Solution[P]:
     r"""Integrates $\dot x = v(x)$ from `point0`.
@@ -57,7 +60,10 @@ def integrate(
       failed never came. Neither rule then ends the run early, and trajectories are
       kept only through `observe`.
     - `method`: a diffrax solver, or several: each takes over where the one before it
-      has used its `max_steps`.
+      has used its `max_steps`. For a `LowRank` point it is made rank preserving.
+    - `audit`: from the start, makes a function that tells of each later point which
+      invariants of the exact flow it breaks, such as `Audit`. When each first broke
+      is `Solution.broken`.
     - `throw`: raise if the run fails. Pass `False` under `vmap` and read `result`.
 
     **Raises:** `ValueError` for arguments out of range; `RuntimeError` (with
@@ -74,11 +80,12 @@ def integrate(
     descents = tuple(
         Descent(
             flow,
-            _adaptive(solver, rtol),
+            _adaptive(solver, rtol, point0),
             NormwiseStepSize(jnp.asarray(rtol, dtype)),
             jnp.asarray(tolerance, dtype),
             stop,
             jnp.asarray(max_steps),
+            None if audit is None else audit(point0),
         )
         for solver in methods
     )
@@ -93,7 +100,7 @@ def integrate(
         functions = {"energy": flow.energy} if observe is None else dict(observe)
         # Neither the speed nor a rule ends an observed run.
         descents = tuple(
-            Descent(d.flow, d.solver, d.control, d.tolerance, _never, d.max_steps)
+            eqx.tree_at(lambda d: d.stop, d, _never, is_leaf=lambda x: x is None)
             for d in descents
         )
     solution, history = _run(descents, point0, targets, functions)
@@ -176,6 +183,7 @@ def _hand_over(descent, before, state):
     steps, its end passed on if it ended, untouched if this solver is at work."""
     exhausted = before.result == RESULTS.max_steps_reached
     begun = descent.init(before.point, before.time)
+    begun = eqx.tree_at(lambda s: s.broken, begun, before.broken)
     ended = eqx.tree_at(
         lambda s: (s.finished, s.waiting, s.result),
         begun,
@@ -206,8 +214,9 @@ def _never(point) -> Bool[Array, ""]:
     return jnp.array(False)
 
 
-def _adaptive(solver, rtol):
-    """The solver with an error estimate, and with its root finder's tolerances set."""
+def _adaptive(solver, rtol, point):
+    """The solver with an error estimate, its root finder's tolerances set, and made
+    rank preserving for a point of fixed rank."""
     if not isinstance(solver, diffrax.AbstractSolver):
         raise ValueError(
             f"method={solver!r} is no diffrax solver: give one such as diffrax.Tsit5()"
@@ -227,6 +236,8 @@ def _adaptive(solver, rtol):
             )
     if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
         solver = diffrax.HalfSolver(solver)
+    if isinstance(point, LowRank) and not isinstance(solver, RankPreserving):
+        solver = RankPreserving(solver)
     return solver
 
 

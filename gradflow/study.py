@@ -184,6 +184,10 @@ def _descend_all(study, key, seconds, bar):
             after,
             (before.time + after.time, before.distance + after.distance),
         )
+        if after.broken is not None and before.broken is not None:
+            for name, moment in after.broken.items():
+                later = before.time + moment
+                after.broken[name] = np.minimum(before.broken[name], later)
         for name in ("steps", "rejected"):
             if name in after.stats:
                 after.stats[name] = before.stats[name] + after.stats[name]

@@ -1,4 +1,5 @@
 """What diffrax lacks for gradient flows, as diffrax objects."""
 
+from .rank_preserving import RankPreserving as RankPreserving
 from .step_control import NormwiseStepSize as NormwiseStepSize
 from .stiff import stiff as stiff

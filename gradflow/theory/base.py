@@ -33,6 +33,21 @@ class Match(eqx.Module):
     rank_gap: Scalar
 
 
+class Limit(eqx.Module):
+    """A saddle at which the exact flow is certain to end.
+
+    - `certain`: whether it is; the rest means something only then.
+    - `strict`: whether its Hessian has a negative eigenvalue.
+    - `modes`, `value`, `rank`: its modes, the energy there, and its rank.
+    """
+
+    certain: Bool[Array, ""]
+    strict: Bool[Array, ""]
+    modes: Bool[Array, " modes"]
+    value: Scalar
+    rank: Int[Array, ""]
+
+
 class AbstractTheory(eqx.Module, Generic[P]):
     """What is proved about one energy.
 
@@ -65,3 +80,16 @@ class AbstractTheory(eqx.Module, Generic[P]):
     @abc.abstractmethod
     def remaining(self, point: P) -> Scalar:
         """Predicted time to leave the neighborhood of the nearest critical point."""
+
+    def saddle_limit(self, point: P) -> Limit | None:
+        """The saddle at which the exact flow from `point` is certain to end, for
+        theories that have such a rule; `None` for those that have none."""
+        del point
+        return None
+
+    def decided(self, point: P) -> Bool[Array, ""]:
+        """Whether it is certain where the exact flow from `point` ends: what a run may
+        stop at."""
+        limit = self.saddle_limit(point)
+        certified = self.certificate(point)
+        return certified if limit is None else certified | limit.certain

@@ -38,8 +38,9 @@ WITHIN = {
     ("data", "datasets"),
     ("datasets", "data"),
 }
-# Files of theory without a twin in models: shared machinery, exact trajectories.
-WITHOUT_TWIN = {"base", "second_order", "dynamics"}
+# Files of theory without a twin in models: shared machinery, exact trajectories (of the
+# networks of models/linear.py, as is Oja's flow).
+WITHOUT_TWIN = {"base", "second_order", "dynamics", "oja", "riccati"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
 
 

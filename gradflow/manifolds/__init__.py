@@ -2,3 +2,4 @@
 
 from .base import AbstractManifold as AbstractManifold
 from .euclidean import Euclidean as Euclidean
+from .stiefel import Stiefel as Stiefel

@@ -7,4 +7,5 @@ from .linear import (
     invariants as invariants,
     LinearMap as LinearMap,
     SquaredLoss as SquaredLoss,
+    TiedAutoencoder as TiedAutoencoder,
 )

@@ -6,6 +6,7 @@ r"""Linear networks and the squared loss.
 | $W_1, \dots, W_N$ | `DeepLinear.weights`, first applied first, each `"out in"` |
 | $d_0, \dots, d_N$ and $N$ | `DeepLinear.widths`, `DeepLinear.depth` |
 | $W = W_N \cdots W_1$ | `matrix()` |
+| $V$, $d$ by $r$, with $W_1 = V^\top$, $W_2 = V$ | `TiedAutoencoder.frame` |
 | $L^N$, $L^1$ | `SquaredLoss` on `DeepLinear`, on `LinearMap` |
 
 *Reference:* Bah, Rauhut, Terstiege, Westdickenberg, *Learning deep linear neural
@@ -106,6 +107,32 @@ class DeepLinear(AbstractLinearNetwork):
             for lower, upper in zip(self.weights[:-1], self.weights[1:], strict=True)
         ]
         return jnp.max(jnp.stack([*gaps, jnp.zeros_like(self.weights[0][0, 0])]))
+
+
+class TiedAutoencoder(AbstractLinearNetwork):
+    r"""$W = V V^\top$: an encoder $V^\top$ whose decoder $V$ is its transpose.
+
+    The squared loss of an autoencoder is then $E(V) = \frac{1}{2n}\|X - VV^\top
+    X\|_F^2$, with $\nabla E = -(1 - VV^\top) C V - C (1 - VV^\top) V$. The flow of two
+    factors does not keep them tied: it is another flow.
+
+    **Raises:** `ValueError` when the frame is not a matrix, or has a zero side.
+
+    *Reference:* Bah et al. 2020, (26).
+    """
+
+    frame: Float[Array, "x rank"]
+
+    def __check_init__(self):
+        shape = jnp.shape(self.frame)
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(
+                f"frame has shape {shape}: it must be a matrix (x, rank) without zero "
+                "sides"
+            )
+
+    def factors(self) -> tuple[Float[Array, "_ _"], ...]:
+        return (self.frame.T, self.frame)
 
 
 def invariants(network: DeepLinear) -> tuple[Float[Array, "_ _"], ...]:

@@ -19,7 +19,6 @@ from typing import cast
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
@@ -29,13 +28,11 @@ from jaxtyping import Array, Float
 from ..models.linear import DeepLinear
 from ..moments import Moments
 from ..types import Scalar
+from .riccati import checked_time, refuse, riccati
 
 
 # Data and starts may miss a hypothesis by this much: rounding of a few operations.
 SLACK = 1e-12
-# Longest step in units of 1 / sigma_1. The factor e^(2 sigma_1 t) of one step is then
-# at most 55: nothing overflows, and two digits at most are lost to its condition.
-LONGEST_STEP = 2.0
 # Within this distance of its limit a mode is followed by a series in the distance:
 # scipy's hyp2f1 loses all digits where its argument tends to 1.
 NEAR = 0.1
@@ -64,10 +61,10 @@ def whitened_two_layer(
     $$P(t) = e^{Ft} Q_0 \bigl[1 + Q_0^\top \Phi(t) Q_0\bigr]^{-1} Q_0^\top e^{Ft},
     \qquad \Phi(t) = \int_0^t e^{2Fs}\,\mathrm{d}s.$$
 
-    $W(t)$ is its lower left block. For long times steps of length
-    `LONGEST_STEP / sigma_1` are composed, each from the factor
-    $Q_1 = e^{Ft} Q_0 L^{-\top}$ of the one before it ($LL^\top$ is the bracket), so
-    that nothing overflows. All widths and ranks are allowed.
+    $W(t)$ is its lower left block. All widths and ranks are allowed. Times may be long:
+    short steps are composed (the cost grows like $\sigma_1 t$), and directions that the
+    start lacks to rounding are never grown: rank is kept, and a start whose exact flow
+    ends at a saddle, as by the wrong sign of $\det W$, ends there.
 
     **Arguments:**
 
@@ -84,49 +81,35 @@ def whitened_two_layer(
     _check_two_layers(network, moments)
     x_dim, y_dim = moments.xy.shape
     first, second = network.weights
-    time = jnp.asarray(t, first.dtype)
-    time = _refuse(
-        time, ~(jnp.isfinite(time) & (time >= 0)), f"t must be finite and >= 0, got {t}"
-    )
+    time = checked_time(t, first.dtype)
     distance = jnp.linalg.norm(moments.xx - jnp.eye(x_dim, dtype=moments.xx.dtype))
-    time = _refuse(
+    time = refuse(
         time,
         ~(distance <= SLACK * x_dim),
         "the closed form needs whitened inputs, but xx is not the identity",
     )
     size = jnp.sum(first**2) + jnp.sum(second**2)
-    time = _refuse(
+    time = refuse(
         time,
         ~(network.imbalance() <= SLACK * size) | ~jnp.isfinite(size),
         "the closed form needs a finite and balanced start, "
         "W_2^T W_2 = W_1 W_1^T, such as BalancedInit gives",
     )
 
-    target = moments.xy.T
-    zeros = lambda n: jnp.zeros((n, n), target.dtype)
-    whole = jnp.block([[zeros(x_dim), target.T], [target, zeros(y_dim)]])
-    rates, modes = jnp.linalg.eigh(whole)
-    count = jnp.ceil(jnp.max(jnp.abs(rates)) * time / LONGEST_STEP)
-    count = jnp.maximum(count, 1)
-    step = time / count
-    growth = (modes * jnp.exp(rates * step)[None, :]) @ modes.T
-    nonzero = jnp.where(rates == 0, 1.0, rates)
-    growths = jnp.expm1(2 * nonzero * step) / (2 * nonzero)
-    integral = jnp.where(rates == 0, step, growths)
-
-    def advance(_, q):
-        rotated = modes.T @ q
-        gram = rotated.T @ (integral[:, None] * rotated)
-        lower = jnp.linalg.cholesky(jnp.eye(len(gram), dtype=q.dtype) + gram)
-        moved = growth @ q
-        return jax.scipy.linalg.solve_triangular(lower, moved.T, lower=True).T
-
-    # P sees the hidden layer only up to rotations: one in which idle units are exactly
-    # 0, and stay so, keeps the rank of the start.
-    stacked = jnp.concatenate([first.T, second])
-    left, values, _ = jnp.linalg.svd(stacked, full_matrices=False)
-    values = jnp.where(values > 1e-14 * values[0], values, 0.0)
-    q = jax.lax.fori_loop(0, count.astype(int), advance, left * values[None, :])
+    # The eigenvectors (v, u), (v, -u) of F from the singular vectors of M, rates
+    # descending. For any orthogonal u and v the wrong sign of det W is a missing
+    # direction, so that errors of theirs, large at close rates, do no harm.
+    left, values, right = jnp.linalg.svd(moments.xy.T)
+    count = min(x_dim, y_dim)
+    below, above = right.T[:, :count], left[:, :count]
+    idle = jax.scipy.linalg.block_diag(right.T[:, count:], left[:, count:])
+    up = jnp.concatenate([below, above]) / math.sqrt(2)
+    down = jnp.concatenate([below, -above])[:, ::-1] / math.sqrt(2)
+    modes = jnp.concatenate([up, idle, down], axis=1)
+    zeros = jnp.zeros(abs(x_dim - y_dim), values.dtype)
+    rates = jnp.concatenate([values, zeros, -values[::-1]])
+    start = modes.T @ jnp.concatenate([first.T, second])
+    q = modes @ riccati(rates, jnp.ones_like(rates), start, time)
     below, above = q[:x_dim], q[x_dim:]
     return TwoLayerProduct(above @ below.T, below @ below.T, above @ above.T)
 
@@ -146,7 +129,8 @@ def decoupled_mode(
     - $N \ge 3$: $N t = H(u) - H(u_0)$ with $H(v) = \frac{v^{1-p}}{m(1-p)}\,
       {}_2F_1(1, 1-p; 2-p; \lambda v / m)$, solved for $u$.
 
-    For $N \ge 2$ a mode never changes sign: with $u_0 m < 0$ it decays to 0.
+    For $N \ge 2$ a mode never changes sign: with $u_0 m < 0$ it decays to 0, and counts
+    as 0 below 1e-260 of $|m| / \lambda$.
 
     **Arguments:**
 
@@ -266,15 +250,21 @@ def stacked_velocity(moments: Moments, network: DeepLinear) -> DeepLinear:
 
     A road to the velocity that shares nothing with the loss: for checks, not for use.
 
-    **Raises:** `ValueError` if the data are not an autoencoder's ($Y = X$), the depth
-    is not 2, or the widths are not those of the data.
+    **Raises:** `ValueError` if the data are not an autoencoder's ($Y = X$), xx is
+    singular, the depth is not 2, or the widths are not those of the data.
 
     *Reference:* Bah et al. 2020, (53); balancedness is not needed.
     """
     if not moments.autoencoding:
         raise ValueError("the stacked form needs an autoencoder, where Y = X")
     _check_two_layers(network, moments)
-    xx, dim = moments.xx, len(moments.xx)
+    values = jnp.linalg.eigvalsh(moments.xx)
+    xx = refuse(
+        moments.xx,
+        ~(values[0] > SLACK * values[-1]),
+        "the stacked form needs C^-1, but xx is singular",
+    )
+    dim = len(xx)
     zero, one = jnp.zeros_like(xx), jnp.eye(dim, dtype=xx.dtype)
     stacked = jnp.concatenate([network.weights[0].T, network.weights[1]])
     gram = stacked @ stacked.T
@@ -334,27 +324,30 @@ def _solve_clock(x0: float, driven: bool, a: float, elapsed: float) -> float:
     """Where a mode that starts at `x0` is after `elapsed`."""
     if elapsed == 0 or (driven and x0 == 1):
         return x0
-    # In a variable y in which the clock is monotone and y lies between y0 and `far`.
+    # In a variable y that resolves both ends, in which the clock is monotone and the
+    # solution lies between y0 and `far`.
     if driven and x0 < 1:
         place = lambda y: float(scipy.special.expit(y))
-        y0 = math.log(x0) - math.log1p(-x0)
+        y0, way = math.log(x0) - math.log1p(-x0), 1
         far = y0 + elapsed  # y' = x^a <= 1
         log_gap = lambda y: float(scipy.special.log_expit(-y))
         clock = lambda y: _rising(place(y), place(-y), log_gap(y), a)
     elif driven:
-        place = lambda y: -1 / math.expm1(y)
-        y0 = math.log1p(-1 / x0)
-        far = y0 - elapsed * x0**a  # y' = -x^a
-        clock = lambda y: _falling(-math.expm1(y), math.exp(y), y, a)
+        place = lambda y: 1 + math.exp(y)
+        y0, way = math.log(x0 - 1), -1
+        far = min(y0, 0.0) - 2 ** (1 + a) * elapsed  # y' = -x^(1+a); x <= 2 at y <= 0
+        expit, log_gap = scipy.special.expit, scipy.special.log_expit
+        clock = lambda y: _falling(float(expit(-y)), float(expit(y)), log_gap(y), a)
     else:
         place = lambda y: math.exp(y)
-        y0 = math.log(x0)
-        far = -math.log(x0**-a + a * (1 + x0) * elapsed) / a  # x' >= -x^(1+a) (1 + x0)
+        y0, way = math.log(x0), -1
+        # x' >= -2 x^(1+a) from x = 1 on.
+        far = -math.log(min(x0, 1.0) ** -a + 2 * a * elapsed) / a
         if far < -600:
             return 0.0  # below 1e-260, where the powers in the clock overflow
         clock = lambda y: _fading(place(y), a)
     # Rounding of the clock must not exclude the solution.
-    far += math.copysign(1e-9 * (1 + abs(far)), far - y0)
+    far += way * 1e-9 * (1 + abs(far))
     start = clock(y0)
     y = scipy.optimize.brentq(
         lambda y: clock(y) - start - elapsed, y0, far, xtol=1e-14, maxiter=1000
@@ -389,12 +382,3 @@ def _checked_times(t):
     if not np.all(np.isfinite(times) & (times >= 0)):
         raise ValueError(f"t must be finite and >= 0, got {t}")
     return times
-
-
-def _refuse(value, wrong, text):
-    """`value`, unless `wrong`: a `ValueError`, or a failing computation if traced."""
-    if isinstance(wrong, jax.core.Tracer):
-        return eqx.error_if(value, wrong, text)
-    if bool(wrong):
-        raise ValueError(text)
-    return value

@@ -11,7 +11,13 @@ from jax.extend.core import ClosedJaxpr
 
 from gradflow.flow import GradientFlow
 from gradflow.initial import BalancedInit
-from gradflow.models.linear import DeepLinear, invariants, LinearMap, SquaredLoss
+from gradflow.models.linear import (
+    DeepLinear,
+    invariants,
+    LinearMap,
+    SquaredLoss,
+    TiedAutoencoder,
+)
 from gradflow.moments import Moments
 
 
@@ -103,6 +109,28 @@ def test_autoencoder_at_the_identity_has_no_loss(rng):
     # And twice the identity makes the error of X itself.
     twice = DeepLinear((jnp.eye(3), 2 * jnp.eye(3)))
     np.testing.assert_allclose(loss(twice), 0.5 * jnp.trace(moments.xx), rtol=1e-14)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 6])
+def test_tied_autoencoder(rng, rank):
+    x, y, moments = _problem(rng, 4, 4)
+    auto = Moments.from_data(x)
+    point = TiedAutoencoder(jnp.asarray(rng.normal(size=(4, rank))))
+    frame = point.frame
+    np.testing.assert_array_equal(point.matrix(), frame @ frame.T)
+    # For any data of equal dimensions, and the formula for autoencoders.
+    for data, target in ((moments, y), (auto, x)):
+        loss = SquaredLoss(data)
+        naive = lambda point, target=target: _naive_loss(x, target, point)
+        value, slope = jax.jit(jax.value_and_grad(naive))(point)
+        found_value, found = jax.jit(lambda p, e=loss: (e(p), e.differential(p)))(point)
+        np.testing.assert_allclose(found_value, value, rtol=1e-12)
+        assert isinstance(found, TiedAutoencoder)
+        worst = jnp.max(jnp.abs(found.frame - slope.frame))
+        assert worst <= 1e-12 * jnp.max(jnp.abs(slope.frame))
+    rest, xx = jnp.eye(4) - point.matrix(), auto.xx
+    expected = -rest @ xx @ frame - xx @ rest @ frame
+    np.testing.assert_allclose(found.frame, expected, rtol=1e-12, atol=1e-13)
 
 
 def _shapes(jaxpr):
@@ -213,6 +241,9 @@ def test_networks_refuse():
             DeepLinear((eye, bad))
     with pytest.raises(ValueError, match=r"weights\[1\] takes 3 inputs but weights\["):
         DeepLinear((eye, jnp.ones((2, 3))))
+    for shape in ((0, 2), (3, 0)):
+        with pytest.raises(ValueError, match=r"must be a matrix \(x, rank\) without"):
+            TiedAutoencoder(jnp.ones(shape))
 
 
 def _unchecked(cls, weights):

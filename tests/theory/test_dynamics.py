@@ -12,6 +12,7 @@ from gradflow.flow import GradientFlow
 from gradflow.initial import BalancedInit
 from gradflow.models.linear import DeepLinear, SquaredLoss
 from gradflow.moments import Moments
+from gradflow.spectrum import best_rank
 from gradflow.theory import dynamics
 
 
@@ -112,6 +113,37 @@ def _factors_of(product, hidden):
     return DeepLinear((root[:, None] * right[:hidden], left[:, :hidden] * root[None]))
 
 
+def test_whitened_two_layer_over_long_times_is_short_ones_composed(getkey):
+    # From small starts, through every saddle on the way, to sigma t = 1000.
+    values = jnp.array([2.0, 1.0, 0.5])
+    left = jnp.linalg.qr(jr.normal(getkey(), (3, 3)))[0]
+    moments = _whitened(left * values[None, :])
+    network = BalancedInit((3, 3, 3), 1e-3 * left * jnp.array([[1.0, 2.0, -3.0]]))(
+        getkey()
+    )
+    composed, elapsed = network, 0.0
+    for part in (0.1, 1.0, 2.9, 8.0, 88.0, 400.0):
+        elapsed += part
+        composed = _factors_of(SOLVE(moments, composed, jnp.asarray(part)), 3)
+        found = SOLVE(moments, network, jnp.asarray(elapsed)).matrix
+        np.testing.assert_allclose(composed.matrix(), found, atol=1e-10)
+
+
+def test_whitened_two_layer_ends_where_the_sign_of_the_determinant_says(getkey):
+    # Rounding of what a start lacks, grown by e^(sigma t), would end all at the target.
+    for _ in range(10):
+        target, product = jr.normal(getkey(), (3, 3)), jr.normal(getkey(), (3, 3))
+        network = BalancedInit((3, 3, 3), product)(getkey())
+        sigma = jnp.linalg.svd(target, compute_uv=False)
+        time = 1000 / sigma[0]
+        found = SOLVE(_whitened(target), network, time).matrix
+        agree = jnp.linalg.det(target) * jnp.linalg.det(product) > 0
+        expected = best_rank(target, 3 if agree else 2)
+        # What is left of the slowest mode, and of its share in the others.
+        slow = 1e3 * math.exp(-min(2 * sigma[2], sigma[1] - sigma[2]) * time)
+        np.testing.assert_allclose(found, expected, atol=1e-10 + slow)
+
+
 def test_whitened_two_layer_keeps_an_idle_unit_idle(getkey):
     # Rank is conserved exactly, where integrators of the factors lose it by rounding.
     target = jr.normal(getkey(), (3, 3))
@@ -194,6 +226,20 @@ def test_decoupled_mode_over_long_times(depth):
     np.testing.assert_allclose(mode(1.3 / 0.7, 3.0), 1.3 / 0.7, rtol=1e-14)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 5, 10])
+def test_long_times_are_short_ones_composed(depth):
+    for u0 in (1e-100, -1e-100, 1e-3, -1e-3, 1.8, 40.0, -40.0, 1e100, -1e100, 0.0):
+        for m in (1.3, -1.3, 1e-3, 1e-8, 0.0):
+            whole = 1000 / 1.3
+            mode = lambda u, t, m=m: dynamics.decoupled_mode(u, m, 0.7, depth, t)
+            composed, elapsed = u0, 0.0
+            for part in (1e-3, 0.1, 1.0, 10.0, 100.0, whole - 111.101):
+                composed, elapsed = float(mode(composed, part)), elapsed + part
+                expected = float(mode(u0, elapsed))
+                # A mode below 1e-260 counts as 0, which is what the target sees of it.
+                np.testing.assert_allclose(composed, expected, rtol=1e-10, atol=1e-250)
+
+
 def test_decoupled_mode_is_the_flow_of_a_network():
     # The mode equation against the velocity of a network with these modes.
     for depth in (1, 2, 3, 5):
@@ -222,6 +268,14 @@ def test_escape_time_is_when_the_mode_escapes(depth):
             time = dynamics.decoupled_escape_time(u0, m, 0.7, depth, share)
             reached = dynamics.decoupled_mode(u0, m, 0.7, depth, time)
             np.testing.assert_allclose(reached, share * m / 0.7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 10])
+def test_escape_times_add(depth):
+    time = lambda u0, share: dynamics.decoupled_escape_time(u0, 1.3, 0.7, depth, share)
+    for u0 in (1e-3, 1e-12):
+        parts = time(u0, 0.1) + time(0.1 * 1.3 / 0.7, 0.99)
+        np.testing.assert_allclose(parts, time(u0, 0.99), rtol=1e-10)
 
 
 def test_escape_time_grows_as_stated():
@@ -283,6 +337,10 @@ def test_remark42():
         found[:2], (2 * np.exp(2 * times[:2]) - 1) ** -0.5, rtol=1e-14
     )
     assert found[2] == 0  # and no overflow
+    # From where it is after one time it goes on as from the start.
+    later = dynamics.decoupled_mode(-(found[0] ** 2), 1.0, 1.0, 2, times)
+    expected = -(dynamics.remark42(1.0, 0.3 + times) ** 2)
+    np.testing.assert_allclose(later, expected, rtol=1e-10)
     # It is the mode with u(0) = -1: the product is -alpha_1^2.
     modes = dynamics.decoupled_mode(-1.0, 1.0, 1.0, 2, times)
     np.testing.assert_allclose(-(found**2), modes, rtol=1e-12)
@@ -309,6 +367,9 @@ def test_stacked_velocity_is_the_velocity(getkey, hidden):
 def test_stacked_velocity_refuses(getkey):
     moments = Moments.from_data(np.asarray(jr.normal(getkey(), (20, 3))))
     layer = jnp.eye(3)
+    singular = Moments.from_data(np.ones((20, 3)))
+    with pytest.raises(ValueError, match="needs C\\^-1, but xx is singular"):
+        dynamics.stacked_velocity(singular, DeepLinear((layer, layer)))
     with pytest.raises(ValueError, match="needs an autoencoder"):
         dynamics.stacked_velocity(
             Moments(moments.xx, moments.xy, moments.yy, 20), DeepLinear((layer, layer))

@@ -40,7 +40,7 @@ WITHIN = {
 }
 # Files of theory without a twin in models: shared machinery, exact trajectories (of the
 # networks of models/linear.py, as is Oja's flow).
-WITHOUT_TWIN = {"base", "second_order", "dynamics", "oja", "riccati"}
+WITHOUT_TWIN = {"base", "second_order", "dynamics", "oja", "riccati", "rates"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
 
 

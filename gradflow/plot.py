@@ -115,13 +115,65 @@ def outcomes(rows: list[dict[str, Any]], axes: Any) -> Any:
     return axes
 
 
+def figures(report: Report) -> Any:
+    """A figure of the source: runs in color, theory as thin black lines over them."""
+    import matplotlib.pyplot as plt
+
+    panels = report.figure["panels"]
+    with plt.style.context(STYLE):
+        figure, grid = plt.subplots(
+            1,
+            len(panels),
+            figsize=(max(3.4 * len(panels), 4.6), 3.2),
+            layout="constrained",
+            squeeze=False,
+        )
+        for panel, axes in zip(panels, grid[0], strict=True):
+            curves(panel, axes)
+        figure.suptitle(report.figure["title"], fontsize=9)
+    return figure
+
+
+def curves(panel: dict[str, Any], axes: Any) -> Any:
+    """Runs of several sets, one color each; with `points`, the median of each set with
+    bars from the smallest to the largest run."""
+    for color, group in zip(RUNS * len(panel["sets"]), panel["sets"], strict=False):
+        x = _numbers(group["x"])
+        runs = np.array([_numbers(run) for run in group["runs"]])
+        runs = np.where(np.isfinite(runs), runs, np.nan)
+        if panel["yscale"] == "log":
+            runs = np.where(runs > 0, runs, np.nan)
+        if panel.get("points"):
+            seen = ~np.isnan(runs).all(axis=0)
+            x, runs = x[seen], runs[:, seen]
+            middle = np.nanmedian(runs, axis=0)
+            ends = [middle - np.nanmin(runs, axis=0), np.nanmax(runs, axis=0) - middle]
+            style = {"fmt": "o", "ms": 4, "capsize": 2, "lw": 1}
+            axes.errorbar(x, middle, ends, color=color, label=group["label"], **style)
+            continue
+        for i, run in enumerate(runs):
+            # One name for all runs of a set.
+            name = group["label"] if i == 0 else None
+            axes.plot(x, run, color=color, lw=1.2, alpha=0.8, label=name)
+    for i, line in enumerate(panel["lines"]):
+        name = panel.get("line", "theory") if i == 0 else None
+        x, y = _numbers(line["x"]), _numbers(line["y"])
+        axes.plot(x, y, color="black", lw=0.6, zorder=4, label=name)
+    axes.set(**{key: panel[key] for key in ("xlabel", "ylabel", "xscale", "yscale")})
+    if panel.get("points"):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(panel["title"], fontsize=8)
+    axes.legend(fontsize=7)
+    return axes
+
+
 def _numbers(values: Any) -> np.ndarray:
     """An array of what may come from memory or from JSON, where NaN is null."""
     return np.array([np.nan if v is None else v for v in values], dtype=float)
 
 
 # The figure of each experiment.
-FIGURES = {"convergence": convergence}
+FIGURES = {"convergence": convergence, "figures": figures}
 
 
 def save(report: Report, folder: Path | str) -> list[Path]:

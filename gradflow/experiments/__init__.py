@@ -3,4 +3,4 @@
 A plain list, so that the command line can name them without importing them.
 """
 
-NAMES = ("convergence",)
+NAMES = ("convergence", "figures")

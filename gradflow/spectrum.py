@@ -114,8 +114,8 @@ def graded_svd(
     """
     order = jnp.argsort(-log_values)
     scales = log_values[order]
-    left, upper_left = jnp.linalg.qr(left[:, order])
-    right, upper_right = jnp.linalg.qr(right[:, order])
+    left, upper_left = _qr(left[:, order])
+    right, upper_right = _qr(right[:, order])
     # Column b of the core over e^(l_b). Both QR factors are triangular, so only
     # ratios of at most 1 enter.
     ratios = jnp.exp(jnp.minimum(scales[:, None] - scales[None, :], 0.0))
@@ -126,12 +126,21 @@ def graded_svd(
     values = scales + jnp.log(norms)
     order = jnp.argsort(-values)
     return (
-        left @ (columns / norms)[:, order],
+        left @ (columns / norms[None, :])[:, order],
         values[order],
         right @ rotation[:, order],
     )
 
 
+def _qr(columns: Float[Array, "m k"]):
+    """QR, with rows of zeros kept: reflections fill those at the top with rounding,
+    and a flow that never leaves a subspace would begin to."""
+    frame, upper = jnp.linalg.qr(columns)
+    filled = jnp.any(columns != 0, axis=1, keepdims=True)
+    return jnp.where(filled, frame, 0), upper
+
+
+@jax.jit  # A loop outside of jit is compiled anew at each call.
 def _orthogonalize(columns: Float[Array, "k k"], ratios: Float[Array, "k k"]):
     """One-sided Jacobi of `columns * scales`, in terms of the ratios of the scales,
     `ratios[j, i]` $= s_j / s_i \\le 1$ for $i < j$; and the product of rotations."""
@@ -143,9 +152,10 @@ def _orthogonalize(columns: Float[Array, "k k"], ratios: Float[Array, "k k"]):
     def rotate(carry, pairs):
         columns, rotation, worst = carry
         i, j = pairs
-        a, b, ratio = columns[:, i], columns[:, j], ratios[j, i]
-        aa, bb = jnp.sum(a * a, axis=0), jnp.sum(b * b, axis=0)
-        ab = jnp.sum(a * b, axis=0)
+        a, b, ratio = columns[:, i], columns[:, j], ratios[j, i][None, :]
+        aa, bb, ab = (
+            jnp.sum(product, axis=0, keepdims=True) for product in (a * a, b * b, a * b)
+        )
         size = jnp.sqrt(aa * bb)
         cosine = jnp.abs(ab) / jnp.where(size > 0, size, 1.0)
         # The tangent of the angle over the ratio, from (s_j^2 bb - s_i^2 aa) /

@@ -58,7 +58,7 @@ class FixedRank(AbstractManifold[AbstractLinearNetwork]):
     def gradient(
         self, point: AbstractLinearNetwork, differential: AbstractLinearNetwork
     ) -> AbstractLinearNetwork:
-        r"""$\mathcal{A}_W(\nabla E)$.
+        r"""$\mathcal{A}_W(\nabla E)$, for depth 1 the tangent part of $\nabla E$.
 
         For a `LowRank` point it comes as $BW + WA$ with $B, A$ bounded for depth >= 2,
         in the singular basis $B_{ab} = K_{ab} \tilde G_{ab} s_b / (s_a^2 + s_b^2)$ and
@@ -68,16 +68,18 @@ class FixedRank(AbstractManifold[AbstractLinearNetwork]):
         self._check(point)
         if isinstance(point, LinearMap):
             assert isinstance(differential, LinearMap)
-            weight = balanced_operator(
-                point.weight, differential.weight, self.depth, rank=self.rank
+            weight, slope = point.weight, differential.weight
+            if self.depth == 1:  # the identity, of what is tangent
+                return LinearMap(tangent_projection(weight, slope, self.rank))
+            return LinearMap(
+                balanced_operator(weight, slope, self.depth, rank=self.rank)
             )
-            return LinearMap(weight)
         assert isinstance(point, LowRank) and isinstance(differential, LowRank)
         svd = point.canonical()
         onto_left, onto_right = svd.left.T @ point.left, svd.right.T @ point.right
         # By Y and X the differential is G X D and G^T Y D; wanted are G V and G^T U.
-        right = (differential.left / point.values) @ jnp.linalg.inv(onto_right)
-        left = (differential.right / point.values) @ jnp.linalg.inv(onto_left)
+        right = (differential.left / point.values[None, :]) @ jnp.linalg.inv(onto_right)
+        left = (differential.right / point.values[None, :]) @ jnp.linalg.inv(onto_left)
         core = svd.left.T @ right
         logs, power = svd.log_values, 1 - 2 / self.depth
         largest = jnp.maximum(logs[:, None], logs[None, :])
@@ -85,7 +87,7 @@ class FixedRank(AbstractManifold[AbstractLinearNetwork]):
         ratio = share[0] * share[1]
         scaled = core * jnp.exp(power * largest) * _series(ratio, self.depth)
         scaled = scaled / (1 + ratio**2)
-        outside = jnp.exp(power * logs)
+        outside = jnp.exp(power * logs)[None, :]
         up = svd.left @ (scaled * share[0]) + (right - svd.left @ core) * outside
         down = svd.right @ (scaled * share[1]).T + (left - svd.right @ core.T) * outside
         return LowRank(up @ onto_left, jnp.zeros_like(logs), down @ onto_right)
@@ -246,21 +248,33 @@ def balanced_operator_factored(
     depth: int,
 ) -> tuple[Float[Array, "rank rank"], Float[Array, "y rank"], Float[Array, "x rank"]]:
     r"""$\mathcal{A}_W(Z)$ at $W = U\,\mathrm{diag}(e^l)\,V^\top$ from $ZV$ and
-    $Z^\top U$, in $O((d_x + d_y) k^2)$.
+    $Z^\top U$, in $O((d_x + d_y) k^2)$; for depth 1 the tangent part of $Z$.
 
     **Returns:** $M, L, R$ with $\mathcal{A}_W(Z) = U M V^\top + L V^\top + U R^\top$,
     $U^\top L = 0$ and $V^\top R = 0$.
     """
     core = left.T @ z_right
-    outside = jnp.exp((2 - 2 / depth) * log_values)
-    largest = jnp.maximum(log_values[:, None], log_values[None, :])
-    ratio = jnp.exp(-jnp.abs(log_values[:, None] - log_values[None, :]))
-    weights = jnp.exp((2 - 2 / depth) * largest) * _series(ratio, depth)
+    weights, outside = _factored_weights(log_values, depth)
     return (
         weights * core,
         (z_right - left @ core) * outside,
         (z_left - right @ core.T) * outside,
     )
+
+
+def balanced_inverse_factored(
+    log_values: Float[Array, " rank"],
+    core: Float[Array, "rank rank"],
+    left_part: Float[Array, "y rank"],
+    right_part: Float[Array, "x rank"],
+    depth: int,
+) -> tuple[Float[Array, "rank rank"], Float[Array, "y rank"], Float[Array, "x rank"]]:
+    r"""$\mathcal{A}_W^{-1}$ of the tangent $U M V^\top + L V^\top + U R^\top$, in the
+    same form: the inverse of `balanced_operator_factored`, each entry to its own
+    relative accuracy.
+    """
+    weights, outside = _factored_weights(log_values, depth)
+    return core / weights, left_part / outside, right_part / outside
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -334,6 +348,15 @@ def _weights(values, shape, depth):
 def _tangent(values, shape):
     rows, columns = (_padded(values, size) for size in shape)
     return (rows[:, None] > 0) | (columns[None, :] > 0)
+
+
+def _factored_weights(log_values, depth):
+    """$K_{ab}$ among the kept singular values, and between these and 0."""
+    power = 2 - 2 / depth
+    largest = jnp.maximum(log_values[:, None], log_values[None, :])
+    ratio = jnp.exp(-jnp.abs(log_values[:, None] - log_values[None, :]))
+    weights = jnp.exp(power * largest) * _series(ratio, depth)
+    return weights, jnp.exp(power * log_values)[None, :]
 
 
 def _series(ratio, depth):

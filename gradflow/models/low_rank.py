@@ -78,7 +78,8 @@ class LowRank(AbstractLinearNetwork):
         if depth == 1:
             return DeepLinear((self.matrix(),))
         inner = (jnp.diag(root),) * (depth - 2)
-        return DeepLinear((root[:, None] * point.right.T, *inner, point.left * root))
+        first, last = root[:, None] * point.right.T, point.left * root[None, :]
+        return DeepLinear((first, *inner, last))
 
     @staticmethod
     def of(weight: Float[Array, "y x"], rank: int) -> "LowRank":
@@ -103,4 +104,11 @@ class LowRank(AbstractLinearNetwork):
                     f"weight has rank {found}, not rank={rank}: the flow never leaves "
                     f"the matrices of its start's rank, so ask for rank={found}"
                 )
-        return LowRank(left[:, :rank], jnp.log(values[:rank]), right[:rank].T)
+        # Rows and columns of zeros stay so: what is exact in W is exact in its factors.
+        rows = jnp.any(weight != 0, axis=1, keepdims=True)
+        columns = jnp.any(weight != 0, axis=0)[:, None]
+        return LowRank(
+            jnp.where(rows, left[:, :rank], 0),
+            jnp.log(values[:rank]),
+            jnp.where(columns, right[:rank].T, 0),
+        )

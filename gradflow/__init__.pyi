@@ -20,6 +20,7 @@ from .flow import AbstractFlow as AbstractFlow, GradientFlow as GradientFlow
 from .initial import (
     BalancedInit as BalancedInit,
     GaussianInit as GaussianInit,
+    LowRankInit as LowRankInit,
     NearPoint as NearPoint,
     OrthogonalInit as OrthogonalInit,
     OrthonormalBalancedInit as OrthonormalBalancedInit,

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .models.linear import DeepLinear
+from .models.low_rank import LowRank
 from .types import Key
 
 
@@ -120,6 +121,39 @@ class BalancedInit(eqx.Module):
                 for lower, upper in zip(frames[:-1], frames[1:], strict=True)
             )
         )
+
+
+class LowRankInit(eqx.Module):
+    """The best approximation of rank `rank` to a matrix of independent entries
+    $N(0, \\text{scale}^2)$, as a `LowRank` point. Its factors,
+    `point.balanced(depth)`, are a balanced start of a network.
+
+    **Raises:** `ValueError` unless `shape` is (y, x) of whole numbers >= 1, the rank
+    is from 1 to the smaller one, and the scale is a finite number > 0.
+    """
+
+    shape: tuple[int, int] = eqx.field(static=True, converter=tuple)
+    rank: int = eqx.field(static=True)
+    scale: float | Float[Array, ""]
+
+    def __check_init__(self):
+        if len(self.shape) != 2:
+            raise ValueError(f"shape={self.shape} must be two numbers: (y, x)")
+        _check_widths(self.shape)
+        _check_scale(self.scale)
+        if isinstance(self.rank, bool) or not isinstance(self.rank, (int, np.integer)):
+            raise ValueError(f"rank must be a whole number, got {self.rank!r}")
+        if not 1 <= self.rank <= min(self.shape):
+            raise ValueError(
+                f"rank={self.rank} must be from 1 to {min(self.shape)}, the smaller "
+                "side"
+            )
+
+    def __call__(self, key: Key) -> LowRank:
+        weight = self.scale * jr.normal(key, self.shape)
+        left, values, right = jnp.linalg.svd(weight, full_matrices=False)
+        k = self.rank
+        return LowRank(left[:, :k], jnp.log(values[:k]), right[:k].T)
 
 
 class OrthonormalBalancedInit(eqx.Module):

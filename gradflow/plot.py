@@ -16,6 +16,13 @@ COLORS = {
     "diverged": "#000000",
 }
 RUNS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+# Of the escape times: rounding stands out, and what coincides stays visible.
+POINTS = {
+    "rounding": {"fmt": "*", "ms": 11, "mec": "black", "mew": 0.5, "zorder": 5},
+    "unbalanced": {"fmt": "o", "ms": 7, "mfc": "none"},
+    "balanced": {"fmt": "D", "ms": 4},
+    "separated": {"ms": 3, "mfc": RUNS[3]},
+}
 STYLE = {
     "font.size": 8,
     "axes.spines.top": False,
@@ -103,7 +110,7 @@ def outcomes(rows: list[dict[str, Any]], axes: Any) -> Any:
         )
         count = f"{row['global minimum']} of {row['draws']}"
         axes.text(1.015, place, count, va="center")
-    axes.set_yticks(places, [f"depth {r['depth']}, scale {r['scale']:g}" for r in rows])
+    axes.set_yticks(places, [_label(row) for row in rows])
     axes.set_xlim(0, 1.0)
     label = "fraction of draws, 95 % interval of the global fraction"
     if any(row["undecided"] for row in rows):
@@ -113,6 +120,51 @@ def outcomes(rows: list[dict[str, Any]], axes: Any) -> Any:
         loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(COLORS), fontsize=7
     )
     return axes
+
+
+def saddle_avoidance(report: Report) -> Any:
+    """The figure of the `saddle_avoidance` experiment: outcomes of the exact flow with
+    what integrating the factors claims, and the least singular value of some runs."""
+    import matplotlib.pyplot as plt
+
+    rows, panels = report.rows, report.figure["panels"]
+    bands = -(-len(panels) // 2)
+    high = 0.9 + 0.26 * len(rows)
+    with plt.style.context(STYLE):
+        figure = plt.figure(figsize=(7.2, high + 2.1 * bands), layout="constrained")
+        heights = [high, *([2.1] * bands)]
+        grid = figure.add_gridspec(bands + 1, 2, height_ratios=heights)
+        axes = outcomes(rows, figure.add_subplot(grid[0, :]))
+        claimed = [row["factors: global"] / row["draws"] for row in rows]
+        places = np.arange(len(rows))[::-1]
+        axes.plot(
+            claimed, places, "D", color="black", mfc="white", ms=5, clip_on=False,
+            label="claimed by integrating the factors", zorder=4,
+        )  # fmt: skip
+        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=5, fontsize=7)
+        for i, panel in enumerate(panels):
+            row, column = divmod(i, 2)
+            below = figure.add_subplot(grid[1 + row, column])
+            for road, color in (("exact", RUNS[0]), ("factors", RUNS[5])):
+                name = "balanced flow" if road == "exact" else "its factors, Tsit5"
+                below.plot(
+                    _numbers(panel["times"]), _numbers(panel[road]), color=color,
+                    label=name, lw=1.2, ls="-" if road == "exact" else "--",
+                )  # fmt: skip
+            below.set_title(panel["title"], fontsize=8)
+            below.set_xlabel("time")
+            if column == 0:
+                below.set_ylabel("log10 of least singular value")
+            below.legend(fontsize=7)
+    return figure
+
+
+def _label(row: dict[str, Any]) -> str:
+    """What a row of outcomes is about."""
+    where = f"depth {row['depth']}, "
+    if "scale" in row:
+        return where + f"scale {row['scale']:g}"
+    return where + f"rank {row['rank']}: {row['starts with']}"
 
 
 def figures(report: Report) -> Any:
@@ -148,8 +200,9 @@ def curves(panel: dict[str, Any], axes: Any) -> Any:
             x, runs = x[seen], runs[:, seen]
             middle = np.nanmedian(runs, axis=0)
             ends = [middle - np.nanmin(runs, axis=0), np.nanmax(runs, axis=0) - middle]
-            style = {"fmt": "o", "ms": 4, "capsize": 2, "lw": 1}
-            axes.errorbar(x, middle, ends, color=color, label=group["label"], **style)
+            style = {"fmt": "o", "ms": 4, "capsize": 2, "lw": 1, "color": color}
+            style |= group.get("style", {})
+            axes.errorbar(x, middle, ends, label=group["label"], **style)
             continue
         for i, run in enumerate(runs):
             # One name for all runs of a set.
@@ -160,11 +213,34 @@ def curves(panel: dict[str, Any], axes: Any) -> Any:
         x, y = _numbers(line["x"]), _numbers(line["y"])
         axes.plot(x, y, color="black", lw=0.6, zorder=4, label=name)
     axes.set(**{key: panel[key] for key in ("xlabel", "ylabel", "xscale", "yscale")})
-    if panel.get("points"):
+    if panel.get("points") and panel["xscale"] == "linear":
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(panel["title"], fontsize=8)
     axes.legend(fontsize=7)
     return axes
+
+
+def escape(report: Report) -> Any:
+    """The figure of the `escape` experiment: runs that nothing but rounding pushes,
+    and when planted perturbations and rounding escape."""
+    import matplotlib.pyplot as plt
+
+    alone, times = report.figure["panels"]
+    tones = {"factors": RUNS[1], "fixed rank": RUNS[2], "separated": RUNS[3]}
+    with plt.style.context(STYLE):
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=(9.6, 4.2), layout="constrained"
+        )
+        curves(alone, left)
+        sets = []
+        for group in times["sets"]:
+            method, dtype, kind = group["label"].split(", ")
+            single = method == "factors" and dtype == "float32"
+            color = RUNS[0] if single else tones[method]
+            style = {"color": color, **POINTS[kind], **POINTS.get(method, {})}
+            sets.append(group | {"style": style})
+        curves(times | {"sets": sets}, right)
+    return figure
 
 
 def _numbers(values: Any) -> np.ndarray:
@@ -173,7 +249,13 @@ def _numbers(values: Any) -> np.ndarray:
 
 
 # The figure of each experiment.
-FIGURES = {"convergence": convergence, "figures": figures}
+FIGURES = {
+    "convergence": convergence,
+    "figures": figures,
+    "saddle_avoidance": saddle_avoidance,
+    "equivalence": figures,
+    "escape": escape,
+}
 
 
 def save(report: Report, folder: Path | str) -> list[Path]:

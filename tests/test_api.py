@@ -12,6 +12,7 @@ STUB = Path(gradflow.__file__).with_suffix(".pyi")
 # Changed only on purpose, with a line in CHANGELOG.md.
 NAMES = {
     "AbstractFlow",
+    "Audit",
     "BalancedInit",
     "CriticalPoint",
     "Descent",
@@ -19,6 +20,7 @@ NAMES = {
     "GaussianInit",
     "GradientFlow",
     "KIND",
+    "LowRankInit",
     "Moments",
     "NearPoint",
     "OrthogonalInit",

@@ -19,6 +19,7 @@ LEVELS = {
     "theory": 3,
     "flow": 3,
     "initial": 3,
+    "audit": 3,
     "solvers": 3,
     "descent": 4,
     "solve": 5,
@@ -30,8 +31,10 @@ LEVELS = {
     "cli": 9,
 }
 # Imports within a level that are wanted: data come as moments, moments use spectra;
-# theory's families share one second-order criterion; an experiment uses several.
+# theory's families share one second-order criterion; an experiment uses several; the
+# geometry of rank-k matrices knows how these are represented.
 WITHIN = {
+    ("manifolds", "models"),
     ("moments", "spectrum"),
     ("datasets", "moments"),
     ("datasets", "spectrum"),

@@ -3,4 +3,4 @@
 A plain list, so that the command line can name them without importing them.
 """
 
-NAMES = ("convergence", "figures")
+NAMES = ("convergence", "figures", "saddle_avoidance", "equivalence", "escape")

@@ -21,8 +21,7 @@ import numpy as np
 from cyclopts import Parameter
 
 from .. import datasets
-from ..critical import classify, describe, KIND, RULE
-from ..descent import RESULTS
+from ..critical import classify, KIND, RULE
 from ..flow import GradientFlow
 from ..initial import GaussianInit, OrthogonalInit, section7_widths
 from ..models.linear import SquaredLoss
@@ -30,10 +29,12 @@ from ..moments import Moments
 from ..report import environment, Report
 from ..solve import integrate, TOLERANCE_RATIO
 from ..solvers.stiff import stiff
-from ..study import find_device, fraction, Outcome, precision, run_study, Study
+from ..study import find_device, Outcome, precision, run_study, Study
 from ..theory.linear import LinearTheory, TIE
 from ..types import Key, names_of
+from . import verdicts
 from .base import LARGEST_COUNT, one_of, positive, RunConfig, whole_number
+from .verdicts import tally
 
 
 CLAIM = (
@@ -116,7 +117,7 @@ def run(config: Config, *, progress: bool | None = None) -> Report:
                 progress=progress,
             )
             rows.append(_row(study, scale, outcome))
-            notes += _notes(study, outcome)
+            notes += verdicts.notes(f"depth {depth}, scale {scale:g}", outcome)
             for stage, duration in outcome.seconds.items():
                 seconds[stage] = seconds.get(stage, 0.0) + duration
             began = time.perf_counter()
@@ -191,55 +192,17 @@ def _study(config: Config, theory: LinearTheory, depth: int, scale: float):
 
 
 def _row(study: Study, scale: float, outcome: Outcome) -> dict[str, Any]:
-    kinds = names_of(KIND, outcome.finding.kind)
     rules = names_of(RULE, outcome.finding.rule)
-    best = kinds == "global_minimum"
-    saddle = (kinds == "strict_saddle") | (kinds == "nonstrict_saddle")
-    failed = kinds == "diverged"
-    share = fraction(best, ~(best | saddle | failed))
     widths = study.initialize.widths
     return {
         "depth": len(widths) - 1,
         "widths": "-".join(map(str, widths)),
         "scale": scale,
-        "draws": share.draws,
-        "global minimum": share.count,
-        "95 % low": share.low,
-        "95 % high": share.high,
-        "saddle": int(saddle.sum()),
-        "undecided": share.undecided,
-        "outer low": share.outer_low,
-        "outer high": share.outer_high,
-        "diverged": int(failed.sum()),
+        **tally(names_of(KIND, outcome.finding.kind)),
         "by certificate": int((rules == "loss_certificate").sum()),
         "median time": float(np.median(outcome.solution.time)),
         "median steps": float(np.median(outcome.solution.stats["steps"])),
     }
-
-
-def _notes(study: Study, outcome: Outcome) -> list[str]:
-    """Why each undecided draw is undecided, and which draws are not finite (the first
-    ten of a row)."""
-    kinds = names_of(KIND, outcome.finding.kind)
-    results = names_of(RESULTS, outcome.solution.result)
-    undecided = np.flatnonzero((kinds == "unresolved") | (kinds == "not_critical"))
-    start = study.initialize
-    where = f"depth {len(start.widths) - 1}, scale {float(start.scale):g}"
-    notes = [
-        f"{where}, draw {i}: {results[i]} at t={outcome.solution.time[i]:.4g}; "
-        + describe(jax.tree.map(lambda leaf: leaf[i], outcome.finding))  # noqa: B023
-        for i in undecided[:10]
-    ]
-    if undecided.size > 10:
-        notes.append(f"{where}: and {undecided.size - 10} more undecided draws")
-    diverged = np.flatnonzero(kinds == "diverged")
-    if diverged.size:
-        listed = ", ".join(map(str, diverged[:10])) + ", ..." * (diverged.size > 10)
-        notes.append(
-            f"{where}: {diverged.size} of {study.draws} draws are not finite (draws "
-            f"{listed}); others are unaffected"
-        )
-    return notes
 
 
 def _panel(

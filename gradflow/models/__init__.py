@@ -9,3 +9,4 @@ from .linear import (
     SquaredLoss as SquaredLoss,
     TiedAutoencoder as TiedAutoencoder,
 )
+from .low_rank import LowRank as LowRank

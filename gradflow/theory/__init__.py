@@ -1,5 +1,6 @@
 """What is known in closed form, one file per family, named as in `models`."""
 
 from . import dynamics as dynamics, oja as oja, rates as rates
-from .base import AbstractTheory as AbstractTheory, Match as Match
+from .base import AbstractTheory as AbstractTheory, Limit as Limit, Match as Match
 from .linear import LinearTheory as LinearTheory
+from .low_rank import LowRankTheory as LowRankTheory

@@ -27,6 +27,10 @@ from .base import AbstractTheory, Limit, Match
 from .linear import LinearTheory, TIE
 
 
+# Singular values below this times the largest do not count for the rank of W(0) U_r.
+RANK = 1e-12
+
+
 class LowRankTheory(AbstractTheory[LowRank]):
     r"""The balanced flow of depth `depth` on matrices of rank `rank`.
 
@@ -82,21 +86,8 @@ class LowRankTheory(AbstractTheory[LowRank]):
         *Reference:* the counterexamples to Conjecture 41 (b) and (c) of Bah et al.
         2020 (`README.md` beside this file).
         """
-        linear = self.linear
-        left = linear.left.T @ point.left
-        right = linear.right @ (linear.root @ point.right)
-        block = jnp.any(left != 0, axis=1)
-        filled = jnp.sum(block) == self.rank
-        same = jnp.all(block == jnp.any(right != 0, axis=1))
-        # Zero columns for modes outside the block: each of these k rows is one mode.
-        rows = jnp.argsort(~block, stable=True)[: self.rank]
-        signs = [jnp.linalg.slogdet(side[rows])[0] for side in (left, right)]
-        values = linear.singular_values
-        squares = jnp.where(block, values**2, 0)
-        learnable = jnp.all(jnp.where(block, values > 0, True))
-        wrong = signs[0] * signs[1] < 0
-        obstructed = self._invariant(block) & filled & same & learnable & wrong
-
+        values = self.linear.singular_values
+        obstructed, block = self._obstruction(point)
         # The least critical values below full rank leave out one mode, or two.
         missed = jnp.where(block, values**2, jnp.inf)
         least = jnp.min(missed)
@@ -104,17 +95,16 @@ class LowRankTheory(AbstractTheory[LowRank]):
         two = jnp.sum(jnp.sort(missed)[:2]) if missed.size > 1 else jnp.inf
         beyond = jnp.minimum(jnp.min(jnp.where(tied, jnp.inf, missed)), two)
         total = jnp.trace(self.energy.moments.yy)
-        learned = jnp.sum(squares)
+        learned = jnp.sum(jnp.where(block, values**2, 0))
         energy = self.energy(point)
         noise = 500 * jnp.finfo(energy.dtype).eps * (energy + total)
         below = energy + noise < 0.5 * (total - learned + (1 - 1e-6) * beyond)
 
-        modes = block & ~(jnp.cumsum(tied[::-1])[::-1] * tied == 1)
+        places = jnp.arange(values.size)
+        modes = block & (places != jnp.max(jnp.where(tied, places, -1)))
         # Balanced factors of a best approximation of lower rank: strict for two
         # layers only, by the second-order criterion.
-        best = jnp.sum(
-            jnp.where(jnp.arange(values.size) < self.rank - 1, values, 0) ** 2
-        )
+        best = jnp.sum(jnp.where(places < self.rank - 1, values**2, 0))
         optimal = best - (learned - least) <= TIE * values[0] ** 2
         return Limit(
             obstructed & below,
@@ -123,6 +113,45 @@ class LowRankTheory(AbstractTheory[LowRank]):
             0.5 * (total - learned + least),
             jnp.asarray(self.rank - 1),
         )
+
+    def hypotheses(self, point: LowRank) -> dict[str, Bool[Array, ""]]:
+        r"""What the statements about an autoencoder ask of the start $W(0)$.
+
+        - `positive`: $u_i^\top W(0) u_i > 0$ for $i \le r$, and `spans`:
+          $\mathrm{rank}(W(0) U_r) = r$. Together they are the hypothesis of
+          Conjecture 41 (b).
+        - `sign`: no determinant has the wrong sign; not asked for by the source, and
+          needed.
+        - `loss`: the loss is below the second least critical value.
+
+        *Reference:* Bah et al. 2020, Conjecture 41, Corollary 48 (3).
+        """
+        top = self.linear.left[:, : self.rank]
+        entries = ((top.T @ point.left) * point.values[None, :]) @ (point.right.T @ top)
+        # Of W U_r = Y D X^T U_r, where Y D is injective.
+        spans = jnp.linalg.svd(point.right.T @ top, compute_uv=False)
+        return {
+            "positive": jnp.all(jnp.diagonal(entries) > 0),
+            "spans": spans[-1] > RANK * spans[0],
+            "sign": ~self._obstruction(point)[0],
+            "loss": self.certificate(point),
+        }
+
+    def _obstruction(self, point: LowRank):
+        """Whether a determinant has the wrong sign, and of which modes."""
+        linear = self.linear
+        left = linear.left.T @ point.left
+        right = linear.right @ (linear.root @ point.right)
+        block = jnp.any(left != 0, axis=1)
+        filled = jnp.sum(block) == self.rank
+        same = jnp.all(block == jnp.any(right != 0, axis=1))
+        # Its rows first: as many as columns, if the block is filled.
+        rows = jnp.argsort(~block, stable=True)[: self.rank]
+        signs = [jnp.linalg.slogdet(side[rows])[0] for side in (left, right)]
+        learnable = jnp.all(jnp.where(block, linear.singular_values > 0, True))
+        wrong = signs[0] * signs[1] < 0
+        kept = self._invariant(block) & filled & same & learnable
+        return kept & wrong, block
 
     def _invariant(self, block: Bool[Array, " modes"]) -> Bool[Array, ""]:
         """Whether a block of modes is one that the flow never leaves."""

@@ -77,12 +77,14 @@ class Config(RunConfig):
     "Standard deviation of the entries of W(0), before it is cut to its rank."
     starts: tuple[Literal["factors", "balanced", "counterexample"], ...] = STARTS
     "Gaussian factors, balanced starts, or the counterexample to Conjecture 41 (b)."
+    curves: int = 1
+    "Runs per row of wrong signs whose least singular value is drawn."
 
     def __post_init__(self):
         super().__post_init__()
         positive(self, "spectrum")
         positive(self, "scale")
-        for name, least in (("ranks", 1), ("depths", 2)):
+        for name, least in (("ranks", 1), ("depths", 2), ("curves", 0)):
             whole_number(self, name, least=least, most=LARGEST_COUNT)
         if len(set(self.spectrum)) < len(self.spectrum):
             raise ValueError(
@@ -197,15 +199,11 @@ class _Job:
                 self.rows.append({**row, **measured, **beside})
         where = f"depth {depth}, rank {rank}"
         self.notes += notes(f"balanced flow, {where}", exact)
-        wrong = np.flatnonzero(~holds["sign"])
-        if wrong.size:
-            point = jax.tree.map(
-                lambda leaf: leaf[wrong[0]],
-                _draws(start, self._key(2 * depth + 1), self.config.draws),
-            )
-            self.panels.append(
-                self._panel(flow, point, depth, f"{where}, det W(0) < 0")
-            )
+        points = _draws(start, self._key(2 * depth + 1), self.config.draws)
+        for draw in np.flatnonzero(~holds["sign"])[: self.config.curves]:
+            point = jax.tree.map(lambda leaf: leaf[draw], points)  # noqa: B023
+            title = f"{where}, draw {draw}, det W(0) < 0"
+            self.panels.append(self._panel(flow, point, depth, title))
 
     def counterexample(self, depth: int) -> None:
         """A start with all that Conjecture 41 (b) asks for that ends at rank 1."""
@@ -228,8 +226,9 @@ class _Job:
         row["starts with"] = "the counterexample"
         beside = _tsit5(claimed, factors.finding.precision_limited)
         self.rows.append({**row, **tally(kinds), **beside})
-        where = f"depth {depth}, rank 2"
-        self.panels.append(self._panel(flow, point, depth, f"{where}, counterexample"))
+        if self.config.curves:
+            title = f"depth {depth}, rank 2, the counterexample"
+            self.panels.append(self._panel(flow, point, depth, title))
 
     def _run(
         self, initialize, flow, theory, *, key, draws=None, audit=None, slow=False

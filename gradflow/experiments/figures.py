@@ -20,21 +20,20 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from cyclopts import Parameter
-from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
 from ..audit import Audit
-from ..critical import classify, describe, KIND, LARGEST_HESSIAN
+from ..critical import classify, describe, KIND
 from ..descent import RESULTS, Solution
 from ..flow import GradientFlow
 from ..initial import section7_widths
-from ..models.linear import SquaredLoss
+from ..models.linear import DeepLinear, SquaredLoss
 from ..report import environment, Report
 from ..solve import integrate, TOLERANCE_RATIO
 from ..study import find_device, fraction, precision
 from ..theory.dynamics import remark42
 from ..theory.linear import LinearTheory
-from ..theory.rates import autoencoder_rate, balanced_rates
+from ..theory.rates import autoencoder_rate, balanced_rates, rates
 from ..types import names_of
 from .base import RunConfig, whole_number
 from .section7 import (
@@ -158,11 +157,11 @@ def _row(
     residuals = np.sqrt(2 * energy.moments.count * solution.history["energy"])
     size = float(jnp.linalg.norm(theory.optimum().weight))
     low, high = (times * config.solver_tolerance * size for times in FIT)
-    rates = [fitted_rate(grid, run, low, high) for run in distances]
+    fitted = [fitted_rate(grid, run, low, high) for run in distances]
     limit = math.sqrt(2 * energy.moments.count * float(theory.optimal_energy()))
     known = np.full(config.draws, slowest)
     if kind != "balanced":
-        known = _end_rates(GradientFlow(energy), theory, solution.point)
+        known = _end_rates(theory, solution.point, distances[:, -1] < 5e-4 * size)
     table = {
         "data": entry.data,
         "start": kind,
@@ -173,7 +172,7 @@ def _row(
         "residual": _median(residuals[:, -1]),
         "least residual": limit,
         "distance": _median(distances[:, -1]),
-        "rate": _median(rates),
+        "rate": _median(fitted),
         "rate in theory": _median(known),
         "median steps": _median(solution.stats["steps"]),
     }
@@ -181,7 +180,7 @@ def _row(
         lines = [{"x": [grid[0], grid[-1]], "y": [limit, limit]}]
         return Row(table, grid, residuals, lines, notes)
     if entry.measure == "rate":
-        return Row(table, grid, np.asarray(rates), [], notes)
+        return Row(table, grid, np.asarray(fitted), [], notes)
     lines = [
         _tail(grid, run, rate, low, high)
         for run, rate in zip(distances, known, strict=True)
@@ -342,27 +341,13 @@ def _counts(kinds: np.ndarray) -> dict[str, Any]:
     }
 
 
-@eqx.filter_jit
-def _end_hessians(flow, points):
-    def one(point):
-        flat, unravel = ravel_pytree(point)
-        slope = lambda x: ravel_pytree(flow.energy.differential(unravel(x)))[0]
-        return jnp.linalg.eigvalsh(jax.jacfwd(slope)(flat))
-
-    return jax.lax.map(one, points)
-
-
-def _end_rates(flow, theory: LinearTheory, points) -> np.ndarray:
-    """The smallest rate at the end of each run, from the Hessian of the factors: of
-    its eigenvalues all but the largest r (d_x + d_y - r) are 0, the directions in
-    which the product stays. NaN where the Hessian is too large to form."""
-    sizes = [math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(points)]
-    draws = len(jax.tree.leaves(points)[0])
-    if sum(sizes) > LARGEST_HESSIAN:
-        return np.full(draws, math.nan)
-    x_dim, y_dim = theory.energy.moments.xy.shape
-    count = theory.rank * (x_dim + y_dim - theory.rank)
-    return np.asarray(_end_hessians(flow, points))[:, -count]
+def _end_rates(theory: LinearTheory, points, arrived: np.ndarray) -> np.ndarray:
+    """The smallest rate at the minimizer where each run ended; NaN if it did not."""
+    found = np.full(arrived.shape, math.nan)
+    for i in np.flatnonzero(arrived):
+        end: DeepLinear = jax.tree.map(lambda leaf: leaf[i], points)  # noqa: B023
+        found[i] = rates(theory, end)[0]
+    return found
 
 
 def _median(values: Any) -> float:

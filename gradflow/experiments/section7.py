@@ -82,8 +82,7 @@ class Figure:
 
 _BOTH = ("balanced", "non-balanced")
 _DEPTHS = Sizes(depths=(2, 5, 10))
-# Where a Hessian of the factors is formed too.
-_FEW_DEPTHS = Sizes(depths=(2, 3, 5))
+_FEW_DEPTHS = Sizes(depths=(2, 5))
 _ALL_DEPTHS = Sizes(depths=(2, 5, 10, 20), dimensions=(20,))
 
 FIGURES = {
@@ -136,7 +135,7 @@ FIGURES = {
         "autoencoder: rate against depth",
         "rate",
         "start",
-        _FEW_DEPTHS,
+        Sizes(depths=(2, 3, 5)),
         Sizes(depths=(2, 3, 5, 10, 20), dimensions=(20,)),
         panel="data",
         against="depth",
@@ -146,7 +145,7 @@ FIGURES = {
         "autoencoder, balanced: rate against dimension",
         "rate",
         "depth",
-        Sizes(dimensions=(4, 6, 8, 12)),
+        Sizes(dimensions=(4, 6, 8)),
         Sizes(depths=(2, 5), dimensions=(5, 10, 15, 20, 30, 40)),
         against="dimension",
     ),
@@ -179,7 +178,7 @@ FIGURES = {
         "supervised: prediction error",
         "residual",
         "depth",
-        Sizes(depths=(2, 5)),
+        _FEW_DEPTHS,
         _ALL_DEPTHS,
         data="supervised",
         starts=_BOTH,

@@ -1,21 +1,24 @@
-r"""How fast a balanced flow converges in the end.
+r"""How fast runs converge in the end.
 
 | on paper | in code |
 |---|---|
 | $W^*$, the best matrix of rank $r$, $W^* = U S V^\top$ | `theory.optimum()` |
-| $G = \nabla L^1(W^*)$, $C = XX^\top$ | `gradient`, `moments.xx` |
+| $G = \nabla L^1(W^*)$, $C = XX^\top$ | `slope` in the bases $U, V$, `moments.xx` |
+| $A_j = W_N \cdots W_{j+1}$, $B_j = W_{j-1} \cdots W_1$ | `above`, `below` |
 | $N$, $\lambda_i$ | `depth`, `eigenvalues` |
 
-From a balanced start the product follows $\dot W = -\mathcal{A}_W(\nabla L^1(W))$, the
-gradient flow of $L^1$ on matrices of rank $r$ in a metric of their own. Near $W^*$ it
-is linear: with $\xi, \eta$ tangent at $W^*$ and
+The product of the factors follows $\dot W = -\mathcal{A}(\nabla L^1(W))$ with
+$\mathcal{A}(Z) = \sum_j A_j A_j^\top Z B_j^\top B_j$; from a balanced start this is
+$\mathcal{A}_W$, a function of $W$ alone. Near $W^*$, with narrowest width $r$, the flow
+is linear in the tangent space of matrices of rank $r$: with $\xi, \eta$ in it and
 
 $$H(\xi, \eta) = \mathrm{tr}(\xi C \eta^\top) + \langle G,\ \xi W^{*+} \eta + \eta
 W^{*+} \xi \rangle$$
 
-the rates are the eigenvalues of $\mathcal{A}_{W^*} H$, and $\|W(t) - W^*\|$ falls like
-$e^{-\mu t}$ with the smallest of them from almost every start that ends there. Times
-are for moments divided by $n$: the source's rates are $n$ times these.
+the rates are the eigenvalues of $\mathcal{A} H$ at the limit, and $\|W(t) - W^*\|$
+falls like $e^{-\mu t}$ with the smallest of them from almost every start that ends
+there. They are also the nonzero eigenvalues of the Hessian of $L^N$. Times are for
+moments divided by $n$: the source's rates are $n$ times these.
 
 *Reference:* the flow and $\mathcal{A}_W$ are those of Bah, Rauhut, Terstiege,
 Westdickenberg, *Learning deep linear neural networks: Riemannian gradient flows and
@@ -29,20 +32,70 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..models.linear import DeepLinear
 from .linear import LinearTheory
 
 
+def rates(theory: LinearTheory, network: DeepLinear) -> Float[np.ndarray, " rates"]:
+    r"""All $r (d_x + d_y - r)$ rates at a minimizer of $L^N$ in the factors, ascending.
+
+    Computed on the host from a dense matrix of that size.
+
+    **Raises:** `ValueError` if the product is not $W^*$ to 1e-3, if the narrowest width
+    is not `theory.rank`, or if $Q$ has rank less than that.
+    """
+    hessian, (left, right), (a, b) = _tangent(theory)
+    if min(network.widths) != theory.rank:
+        raise ValueError(
+            f"the network's narrowest width is {min(network.widths)} and the theory's "
+            f"rank={theory.rank}: both must be the same"
+        )
+    best = np.asarray(theory.optimum().weight, float)
+    factors = [np.asarray(weight, float) for weight in network.weights]
+    distance = np.linalg.norm(np.asarray(network.matrix()) - best)
+    if not distance <= 1e-3 * np.linalg.norm(best):
+        raise ValueError(
+            f"the network is {distance:.3g} from the best matrix of rank "
+            f"{theory.rank}: these are the rates at a minimizer"
+        )
+    below = [right]
+    for weight in factors[:-1]:
+        below.append(weight @ below[-1])
+    above = [left]
+    for weight in reversed(factors[1:]):
+        above.append(weight.T @ above[-1])
+    metric = np.zeros_like(hessian)
+    for lower, upper in zip(below, reversed(above), strict=True):
+        metric += (upper.T @ upper)[np.ix_(a, a)] * (lower.T @ lower)[np.ix_(b, b)]
+    root = np.linalg.cholesky(metric)
+    return np.linalg.eigvalsh(root.T @ hessian @ root)
+
+
 def balanced_rates(theory: LinearTheory, depth: int) -> Float[np.ndarray, " rates"]:
-    r"""All $r (d_x + d_y - r)$ rates at the best matrix of rank $r$, ascending.
+    r"""The `rates` at every balanced minimizer, known without one.
 
     In the singular vectors of $W^*$ the operator $\mathcal{A}_{W^*}$ multiplies entry
-    $(a, b)$ by $K_{ab} = \sum_j s_a^{2 (N - j) / N} s_b^{2 (j - 1) / N}$. Computed on
-    the host from a dense matrix of that size.
+    $(a, b)$ by $K_{ab} = \sum_j s_a^{2 (N - j) / N} s_b^{2 (j - 1) / N}$.
 
     **Raises:** `ValueError` for depth < 1, or if $Q$ has rank less than `theory.rank`:
     the limit is then not isolated among matrices of that rank.
     """
     _check_depth(depth)
+    hessian, (left, right), (a, b) = _tangent(theory)
+    values = np.linalg.svd(np.asarray(theory.optimum().weight), compute_uv=False)
+    powers = 2 * np.arange(depth) / depth
+    sides = []
+    for size in (len(left), len(right)):
+        s = np.zeros(size)
+        s[: theory.rank] = values[: theory.rank]
+        sides.append(s[:, None] ** powers[None, :])
+    scale = np.sqrt((sides[0][:, ::-1] @ sides[1].T)[a, b])
+    return np.linalg.eigvalsh(scale[:, None] * hessian * scale[None, :])
+
+
+def _tangent(theory: LinearTheory):
+    r"""The matrix of H, the bases U and V of its coordinates, and which of the entries
+    of $U^\top \xi V$ are coordinates of the tangent space."""
     rank = theory.rank
     if not theory.singular_values[rank - 1] > 0:
         raise ValueError(
@@ -52,12 +105,10 @@ def balanced_rates(theory: LinearTheory, depth: int) -> Float[np.ndarray, " rate
     xx, best = np.asarray(moments.xx, float), np.asarray(theory.optimum().weight, float)
     gradient = best @ xx - np.asarray(moments.xy, float).T
     left, values, right = np.linalg.svd(best)
-    rows, columns = best.shape
     gram, slope = right @ xx @ right.T, left.T @ gradient @ right.T
-
-    tangent = np.ones(best.shape, bool)
-    tangent[rank:, rank:] = False
-    a, b = np.nonzero(tangent)
+    inside = np.ones(best.shape, bool)
+    inside[rank:, rank:] = False
+    a, b = np.nonzero(inside)
     hessian = (a[:, None] == a[None, :]) * gram[np.ix_(b, b)]
     # What leaves the range of W* on one side couples to what leaves it on the other.
     lower, upper = np.flatnonzero(a >= rank), np.flatnonzero(b >= rank)
@@ -65,15 +116,7 @@ def balanced_rates(theory: LinearTheory, depth: int) -> Float[np.ndarray, " rate
     coupling = meet * slope[np.ix_(a[lower], b[upper])] / values[b[lower]][:, None]
     hessian[np.ix_(lower, upper)] += coupling
     hessian[np.ix_(upper, lower)] += coupling.T
-
-    powers = 2 * np.arange(depth) / depth
-    sides = []
-    for size in (rows, columns):
-        s = np.zeros(size)
-        s[:rank] = values[:rank]
-        sides.append(s[:, None] ** powers[None, :])
-    scale = np.sqrt((sides[0][:, ::-1] @ sides[1].T)[a, b])
-    return np.linalg.eigvalsh(scale[:, None] * hessian * scale[None, :])
+    return hessian, (left, right.T), (a, b)
 
 
 def autoencoder_rate(

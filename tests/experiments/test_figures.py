@@ -25,7 +25,9 @@ SIZES = {
     6: Sizes(dimensions=(3,)),
     8: Sizes(depths=(2,), dimensions=(3, 4)),
     9: Sizes(depths=(2,), dimensions=(4,), ranks=(1, 2)),
-    11: Sizes(dimensions=(3,)),
+    10: Sizes(depths=(3,), dimensions=(3,)),
+    11: Sizes(depths=(3,), dimensions=(3,)),
+    12: Sizes(depths=(3,), dimensions=(3,)),
 }
 KINDS = ("global minimum", "saddle", "undecided", "diverged")
 

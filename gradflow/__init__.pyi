@@ -28,7 +28,7 @@ from .initial import (
 )
 from .moments import Moments as Moments
 from .report import read_report as read_report, Report as Report
-from .solve import integrate as integrate
+from .solve import integrate as integrate, Integrator as Integrator
 from .study import (
     Fraction as Fraction,
     fraction as fraction,

@@ -90,6 +90,20 @@ class State(eqx.Module, Generic[P]):
     solver_state: PyTree
     control_state: PyTree
     broken: dict[str, Scalar]
+    start: P | None  # what an audit compares with
+
+
+class End(eqx.Module, Generic[P]):
+    """What is kept of a run, or of many (with a leading axis): what a `Solution` is
+    made of, and what another descent needs to go on."""
+
+    point: P
+    time: Float[Array, "*draws"]
+    steps: Int[Array, "*draws"]
+    rejected: Int[Array, "*draws"]
+    result: RESULTS
+    broken: dict[str, Float[Array, "*draws"]]
+    start: P | None
 
 
 class Descent(eqx.Module, Generic[P]):
@@ -97,7 +111,8 @@ class Descent(eqx.Module, Generic[P]):
 
     - `stop`: a predicate that ends the run as `rule_met`; when it is `None` the run
       ends as `successful` at a speed of at most `tolerance`.
-    - `audit`: tells of a point which invariants of the exact flow it breaks.
+    - `audit`: from a start, makes a function that tells of a later point which
+      invariants of the exact flow it breaks.
     """
 
     flow: AbstractFlow[P]
@@ -106,7 +121,7 @@ class Descent(eqx.Module, Generic[P]):
     tolerance: Scalar
     stop: Callable[[P], Bool[Array, ""]] | None
     max_steps: Int[Array, ""]
-    audit: Callable[[P], dict[str, Bool[Array, ""]]] | None = None
+    audit: Callable[[P], Callable[[P], dict[str, Bool[Array, ""]]]] | None = None
 
     def init(self, point: P, time: Scalar) -> State[P]:
         """A run that starts at `point`."""
@@ -121,7 +136,7 @@ class Descent(eqx.Module, Generic[P]):
             self.solver.func,
             self.solver.error_order(terms),
         )
-        first = jnp.asarray(first, dtype=time.dtype)
+        first = _coarse(jnp.asarray(first, dtype=time.dtype))
         # The very first call decides the shapes; its numbers are read again by `step`.
         solver_state = self.solver.init(terms, zero, first, point, None)
         state = State(
@@ -136,7 +151,8 @@ class Descent(eqx.Module, Generic[P]):
             result=SUCCESSFUL,
             solver_state=solver_state,
             control_state=control_state,
-            broken=self._broken(point, time, None),
+            broken=self._broken(point, point, time, None),
+            start=None if self.audit is None else point,
         )
         velocity = self.flow.velocity(point)
         finite = _all_finite(point) & _all_finite(velocity)
@@ -149,6 +165,17 @@ class Descent(eqx.Module, Generic[P]):
         # Solvers put Python numbers among their state; a loop wants arrays.
         return jax.tree.map(
             lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, state
+        )
+
+    def take_over(self, before: State[P] | End[P]) -> State[P]:
+        """A run that goes on where another descent's stopped, counting its own steps
+        but auditing from the same start."""
+        state = self.init(before.point, before.time)
+        return eqx.tree_at(
+            lambda s: (s.broken, s.start),
+            state,
+            (before.broken, before.start),
+            is_leaf=lambda x: x is None,
         )
 
     def step(self, state: State[P], horizon: Scalar) -> State[P]:
@@ -171,7 +198,7 @@ class Descent(eqx.Module, Generic[P]):
             cast(Any, self.solver.error_order(terms)),
             state.control_state,
         )
-        next_size = jnp.asarray(end - start, dtype=size.dtype)
+        next_size = _coarse(jnp.asarray(end - start, dtype=size.dtype))
         # A step cut short to land on the horizon says nothing against its
         # predecessor; and an unbounded step would make 0 * inf.
         next_size = jnp.where(
@@ -214,14 +241,15 @@ class Descent(eqx.Module, Generic[P]):
             result,
             jax.tree.map(select, solver_state, state.solver_state),
             control_state,
-            self._broken(point, time, state.broken),
+            self._broken(state.start, point, time, state.broken),
+            state.start,
         )
 
     def finished(self, state: State[P]) -> Bool[Array, ""]:
         """Whether the run is over."""
         return state.finished
 
-    def solution(self, state: State[P]) -> Solution[P]:
+    def solution(self, state: State[P] | End[P]) -> Solution[P]:
         """What there is to say of a run, over or not."""
         return Solution(
             state.point,
@@ -240,14 +268,20 @@ class Descent(eqx.Module, Generic[P]):
             None if self.audit is None else state.broken,
         )
 
-    def _broken(self, point: P, time: Scalar, before: dict[str, Scalar] | None):
+    def _broken(
+        self,
+        start: P | None,
+        point: P,
+        time: Scalar,
+        before: dict[str, Scalar] | None,
+    ) -> dict[str, Scalar]:
         """When each invariant was first broken."""
-        if self.audit is None:
+        if self.audit is None or start is None:
             return {}
         never = jnp.full_like(time, jnp.inf)
         now = {
             name: jnp.where(flag, time, never)
-            for name, flag in self.audit(point).items()
+            for name, flag in self.audit(start)(point).items()
         }
         if before is None:
             return now
@@ -260,6 +294,18 @@ class Descent(eqx.Module, Generic[P]):
         if self.stop is None:
             return self.flow.speed(point) <= self.tolerance, SUCCESSFUL
         return jnp.asarray(self.stop(point)), RESULTS.rule_met
+
+
+def _coarse(size: Scalar) -> Scalar:
+    """A step size rounded to 8 bits.
+
+    The error estimate is a small difference of large numbers, so its rounding, which
+    changes with the number of runs side by side, would reach the tenth digit of the
+    step size and the eighth of the run. Rounded step sizes are the same.
+    """
+    mantissa, exponent = jnp.frexp(size)
+    rounded = jnp.ldexp(jnp.round(256 * mantissa) / 256, exponent)
+    return jnp.where(jnp.isfinite(size) & (size > 0), rounded, size)
 
 
 def _all_finite(tree) -> Bool[Array, ""]:

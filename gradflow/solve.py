@@ -7,7 +7,7 @@ tolerance, so the stopping speed must lie well above that tolerance: the one kno
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, Generic
 
 import diffrax
 import equinox as eqx
@@ -22,12 +22,69 @@ from .flow import AbstractFlow
 from .models.low_rank import LowRank
 from .solvers.rank_preserving import RankPreserving
 from .solvers.step_control import NormwiseStepSize, root_mean_square
-from .types import P
+from .types import P, Scalar
 
 
 # The solver's tolerance is the stopping speed divided by this (see the module's text).
 TOLERANCE_RATIO = 1000
 TSIT5 = diffrax.Tsit5()
+
+
+def _as_tuple(method) -> tuple[Any, ...]:
+    return tuple(method) if isinstance(method, (tuple, list)) else (method,)
+
+
+class Integrator(eqx.Module, Generic[P]):
+    """How to integrate a flow: all of `integrate`'s arguments but the start.
+
+    Called with a point it is `integrate(..., throw=False)`. A `Study` given one as
+    `descend` runs its draws on a fixed number of lanes and refills each as it ends.
+
+    **Raises:** `ValueError` for arguments out of range.
+    """
+
+    flow: AbstractFlow[P]
+    horizon: float | Scalar = float("inf")
+    tolerance: float | None = None
+    rtol: float | None = None
+    stop: Callable[[P], Bool[Array, ""]] | None = None
+    method: tuple[diffrax.AbstractSolver, ...] = eqx.field(
+        default=TSIT5, converter=_as_tuple
+    )
+    max_steps: int | Int[Array, ""] = 16384
+    audit: Callable[[P], Callable[[P], dict[str, Bool[Array, ""]]]] | None = None
+
+    def __check_init__(self):
+        _check_positive("horizon", self.horizon)
+        _check_positive("max_steps", self.max_steps, whole=True)
+        if not self.method:
+            raise ValueError("method is empty: give at least one diffrax solver")
+
+    def __call__(self, point: P) -> Solution[P]:
+        dtype = _checked_dtype(point)
+        return _run(self.descents(point), point, self.end(dtype)[None], {})[0]
+
+    def descents(self, point: P) -> tuple[Descent[P], ...]:
+        """One descent for each method, for points like `point`."""
+        dtype = _checked_dtype(point)
+        tolerance, rtol = checked_tolerances(self.tolerance, self.rtol, dtype)
+        return tuple(
+            Descent(
+                self.flow,
+                _adaptive(solver, rtol, point),
+                NormwiseStepSize(jnp.asarray(rtol, dtype)),
+                jnp.asarray(tolerance, dtype),
+                self.stop,
+                jnp.asarray(self.max_steps),
+                self.audit,
+            )
+            for solver in self.method
+        )
+
+    def end(self, dtype) -> Scalar:
+        """The horizon, or far enough for any flow: an infinite one gives inf - inf."""
+        latest = float(np.sqrt(float(jnp.finfo(dtype).max)))
+        return jnp.minimum(jnp.asarray(self.horizon, dtype), latest)
 
 
 def integrate(
@@ -70,31 +127,15 @@ def integrate(
     `throw=True`) when the steps are used up, the step size vanishes or the start is
     not finite. Reaching the horizon is not a failure.
     """
-    dtype = _checked_dtype(point0)
-    tolerance, rtol = checked_tolerances(tolerance, rtol, dtype)
-    _check_positive("horizon", horizon)
-    _check_positive("max_steps", max_steps, whole=True)
-    methods = tuple(method) if isinstance(method, (tuple, list)) else (method,)
-    if not methods:
-        raise ValueError("method is empty: give at least one diffrax solver")
-    descents = tuple(
-        Descent(
-            flow,
-            _adaptive(solver, rtol, point0),
-            NormwiseStepSize(jnp.asarray(rtol, dtype)),
-            jnp.asarray(tolerance, dtype),
-            stop,
-            jnp.asarray(max_steps),
-            None if audit is None else audit(point0),
-        )
-        for solver in methods
+    integrator = Integrator(
+        flow, horizon, tolerance, rtol, stop, method, max_steps, audit
     )
+    dtype = _checked_dtype(point0)
+    descents = integrator.descents(point0)
     if times is None:
         if observe is not None:
             raise ValueError("observe is given without times: say when to observe")
-        # Far enough for any flow; an infinite horizon would give inf - inf.
-        latest = float(np.sqrt(float(jnp.finfo(dtype).max)))
-        targets, functions = jnp.asarray([min(horizon, latest)], dtype), {}
+        targets, functions = integrator.end(dtype)[None], {}
     else:
         targets = _checked_times(times, dtype)
         functions = {"energy": flow.energy} if observe is None else dict(observe)
@@ -182,8 +223,7 @@ def _hand_over(descent, before, state):
     """The state of a later solver: begun anew if the one before it has just run out of
     steps, its end passed on if it ended, untouched if this solver is at work."""
     exhausted = before.result == RESULTS.max_steps_reached
-    begun = descent.init(before.point, before.time)
-    begun = eqx.tree_at(lambda s: s.broken, begun, before.broken)
+    begun = descent.take_over(before)
     ended = eqx.tree_at(
         lambda s: (s.finished, s.waiting, s.result),
         begun,
@@ -244,7 +284,8 @@ def _adaptive(solver, rtol, point):
 def _checked_dtype(point):
     leaves = jax.tree.leaves(point)
     if not leaves or not all(
-        eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        (eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct))
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
         for leaf in leaves
     ):
         raise ValueError("point0 must be made of real floating point arrays only")

@@ -14,6 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .descent import RESULTS, Solution
+from .ensemble import descend
+from .solve import Integrator
 from .types import Key, P
 
 
@@ -158,6 +160,8 @@ def _check_key(key):
 
 
 def _descend_all(study, key, seconds, bar):
+    if isinstance(study.descend, Integrator):
+        return _descend_refilled(study, key, seconds, bar)
     stages = study.descend if isinstance(study.descend, tuple) else (study.descend,)
 
     def count(solution):
@@ -171,13 +175,13 @@ def _descend_all(study, key, seconds, bar):
         lambda points: None,
     )
     solution = _in_batches(partial(_descend, stages[0]), points, study, seconds, count)
-    for descend in stages[1:]:
+    for later in stages[1:]:
         left = np.flatnonzero(solution.result == RESULTS.max_steps_reached)
         if left.size == 0:
             break
         before = jax.tree.map(lambda leaf: leaf[left], solution)  # noqa: B023
         after = _in_batches(
-            partial(_descend, descend), before.point, study, seconds, count
+            partial(_descend, later), before.point, study, seconds, count
         )
         after = eqx.tree_at(
             lambda s: (s.time, s.distance),
@@ -197,6 +201,19 @@ def _descend_all(study, key, seconds, bar):
             old[left] = new
     bar.update(bar.total - bar.n)
     return solution
+
+
+def _descend_refilled(study, key, seconds, bar):
+    blocks = []
+    stage, began = "first batches", time.perf_counter()
+    for solution, _ in descend(
+        study.descend, study.initialize, key, study.draws, study.batch
+    ):
+        blocks.append(solution)
+        seconds[stage] += time.perf_counter() - began
+        stage, began = "other batches", time.perf_counter()
+        bar.update(len(solution.time))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks)
 
 
 def _in_batches(function, inputs, study, seconds, done):

@@ -19,6 +19,7 @@ NAMES = {
     "Fraction",
     "GaussianInit",
     "GradientFlow",
+    "Integrator",
     "KIND",
     "LowRankInit",
     "Moments",

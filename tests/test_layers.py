@@ -24,11 +24,12 @@ LEVELS = {
     "descent": 4,
     "solve": 5,
     "critical": 5,
-    "study": 6,
-    "report": 7,
-    "plot": 8,
-    "experiments": 8,
-    "cli": 9,
+    "ensemble": 6,
+    "study": 7,
+    "report": 8,
+    "plot": 9,
+    "experiments": 9,
+    "cli": 10,
 }
 # Imports within a level that are wanted: data come as moments, moments use spectra;
 # theory's families share one second-order criterion; an experiment uses several; the

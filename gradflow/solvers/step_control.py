@@ -20,6 +20,13 @@ from jaxtyping import Array, Float, PyTree
 from ..types import Scalar
 
 
+# An error estimate is a difference of numbers of the size of the point: below this
+# many roundings of it, its first three digits are noise. But a step may always grow as
+# if its error were this share of what is allowed.
+NOISE = 1e3
+LEAST_ROOM = 1e-2
+
+
 def root_mean_square(tree: PyTree[Float[Array, "..."]]) -> Scalar:
     """The root mean square of all entries of a PyTree."""
     leaves = jax.tree.leaves(tree)
@@ -92,8 +99,14 @@ class NormwiseStepSize(
         scaled = jax.tree.map(
             lambda e: jnp.where(finite & ~jnp.isnan(e), e / allowed, jnp.inf), y_error
         )
+        ratio = root_mean_square(scaled)
+        # Below this an estimate is its own rounding, and says nothing about how much
+        # longer the next step may be.
+        noise = NOISE * jnp.finfo(ratio.dtype).eps * size / allowed
+        ratio = jnp.maximum(ratio, jnp.minimum(noise, LEAST_ROOM))
+        zero = jnp.zeros_like(ratio)
         return self._pid().adapt_step_size(
-            t0, t1, y0, y0, args, scaled, error_order, controller_state
+            t0, t1, zero, zero, args, ratio, error_order, controller_state
         )
 
     def _first_step(self, terms, t0, y0, args, func, error_order) -> Scalar:

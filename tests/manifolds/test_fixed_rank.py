@@ -447,14 +447,13 @@ def _wave(rng, y_dim, x_dim):
     ("y_dim", "x_dim", "rank", "depth"),
     [
         (5, 3, 2, 1),
-        (5, 3, 2, 2),
         (5, 3, 2, 10),
         (4, 4, 4, 3),
         (3, 5, 1, 3),
         *(
             pytest.param(*case, depth, marks=slow)
             for case in ((4, 4, 4), (5, 3, 2), (3, 5, 1))
-            for depth in DEPTHS
+            for depth in (2, 5)
         ),
     ],
 )
@@ -484,7 +483,7 @@ def test_gradient_represents_the_differential(rng, y_dim, x_dim, rank, depth):
 
 def test_all_representations_of_a_point_have_one_gradient(rng):
     energy = _wave(rng, 5, 3)
-    for depth in (1, 3):
+    for depth in (3,):
         point = LowRank.of(
             jnp.asarray(rng.normal(size=(5, 2)) @ rng.normal(size=(2, 3))), 2
         )

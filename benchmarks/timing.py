@@ -63,12 +63,14 @@ class Timing:
 def interleave(
     candidates: Mapping[str, Candidate], *, repeats: int = 5
 ) -> dict[str, Timing]:
-    """Times each candidate `repeats` times, in turn, after one call that is not
+    """Times each candidate `repeats` times, in turn, after two calls that are not
     counted. Results are waited for, on any device."""
     if repeats < 1:
         raise ValueError(f"repeats must be >= 1, got {repeats}")
     results, calls = {}, {}
     for name, candidate in candidates.items():
+        # The first call meets cold caches: it would make the samples too short.
+        _timed(candidate.call, 1)
         once, results[name] = _timed(candidate.call, 1)
         calls[name] = max(1, round(SHORTEST_SAMPLE / max(once, 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in candidates}

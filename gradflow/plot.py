@@ -207,7 +207,8 @@ def curves(panel: dict[str, Any], axes: Any) -> Any:
         for i, run in enumerate(runs):
             # One name for all runs of a set.
             name = group["label"] if i == 0 else None
-            axes.plot(x, run, color=color, lw=1.2, alpha=0.8, label=name)
+            style = {"color": color, "lw": 1.2, "alpha": 0.8} | group.get("style", {})
+            axes.plot(x, run, label=name, **style)
     for i, line in enumerate(panel["lines"]):
         name = panel.get("line", "theory") if i == 0 else None
         x, y = _numbers(line["x"]), _numbers(line["y"])
@@ -218,6 +219,39 @@ def curves(panel: dict[str, Any], axes: Any) -> Any:
     axes.set_title(panel["title"], fontsize=8)
     axes.legend(fontsize=7)
     return axes
+
+
+def equivalence(report: Report) -> Any:
+    """The figure of the `equivalence` experiment: distances against time."""
+    import matplotlib.pyplot as plt
+
+    panels = report.figure["panels"]
+    columns = min(len(panels), 2)
+    bands = -(-len(panels) // columns)
+    with plt.style.context(STYLE):
+        figure, grid = plt.subplots(
+            bands,
+            columns,
+            figsize=(max(3.4 * columns, 4.6), 2.5 * bands + 0.3),
+            layout="constrained",
+            squeeze=False,
+            sharey=True,
+        )
+        for panel, axes in zip(panels, grid.flat, strict=False):
+            # Two pairs have almost the same distance: one wide under the other.
+            wide, *others = panel["sets"]
+            wide = wide | {"style": {"lw": 3.5, "alpha": 0.4}}
+            curves(panel | {"sets": [wide, *others]}, axes)
+            axes.get_legend().remove()
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        figure.legend(
+            *grid[0, 0].get_legend_handles_labels(),
+            loc="outside upper center",
+            ncols=4,
+            title=report.figure["title"],
+        )
+    return figure
 
 
 def escape(report: Report) -> Any:
@@ -253,7 +287,7 @@ FIGURES = {
     "convergence": convergence,
     "figures": figures,
     "saddle_avoidance": saddle_avoidance,
-    "equivalence": figures,
+    "equivalence": equivalence,
     "escape": escape,
 }
 

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 def module(monkeypatch):
     """Imports a file of `benchmarks/` as a script there would."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("timing", "bench_velocity")
+    names = ("timing", "bench_velocity", "bench_fixed_rank")
     yield importlib.import_module
     for name in names:
         sys.modules.pop(name, None)
@@ -70,6 +70,37 @@ def test_wrong_velocities_fail(module, monkeypatch, capsys):
     assert "gradflow velocity on 5-2-5 differs by 1e-09" in capsys.readouterr().err
 
 
+def test_fixed_rank_smoke(tmp_path):
+    script = FOLDER / "bench_fixed_rank.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--smoke", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "fixed_rank.json").read_text())["rows"]
+    velocities = [row for row in rows if row["of"] == "velocity"]
+    runs = [row for row in rows if row["of"] == "run"]
+    assert len(velocities) == 4 and len(runs) == 3
+    for part in (velocities, runs):
+        assert part[0]["speed over baseline"] == 1.0
+    assert all(row["relative error"] <= 1e-11 for row in velocities[1:])
+    assert all(row["relative error"] <= 1e-6 for row in runs[1:])
+    assert (tmp_path / "fixed_rank.md").read_text() in done.stdout
+
+
+def test_wrong_fixed_rank_rows_fail(module):
+    bench = module("bench_fixed_rank")
+    row = {"of": "velocity", "what": bench.FACTORED, "workload": "w"}
+    assert not bench.failures([{**row, "relative error": 1e-12}])
+    (text,) = bench.failures([{**row, "relative error": 1e-10}])
+    assert text.endswith("relative error 1e-10 is above 1e-11")
+    assert bench.failures([{**row, "relative error": float("nan")}])
+    run = {**row, "of": "run"}
+    assert bench.failures([{**run, "relative error": 2e-6}])
+    assert not bench.failures([{**run, "relative error": 1e-7}])
+
+
 @pytest.mark.parametrize("flag", ["--lanes", "--repeats"])
 def test_counts_are_checked(module, capsys, flag):
     with pytest.raises(SystemExit):
@@ -86,7 +117,7 @@ def test_samples_are_interleaved(module, monkeypatch):
 
     monkeypatch.setattr(timing, "SHORTEST_SAMPLE", 0.0)  # one call per sample
     timings = timing.interleave({name: candidate(name) for name in "abc"}, repeats=3)
-    assert "".join(seen) == "abc" + "abc" + "bca" + "cab"
+    assert "".join(seen) == "aabbcc" + "abc" + "bca" + "cab"
     for name, found in timings.items():
         assert found.result == name and found.calls == 1
         assert found.median == sorted(found.samples)[1]

@@ -30,7 +30,7 @@ from ..initial import section7_widths
 from ..models.linear import DeepLinear, SquaredLoss
 from ..report import environment, Report
 from ..solve import integrate, TOLERANCE_RATIO
-from ..study import find_device, fraction, precision
+from ..study import find_device, precision
 from ..theory.dynamics import remark42
 from ..theory.linear import LinearTheory
 from ..theory.rates import autoencoder_rate, balanced_rates, rates
@@ -45,6 +45,7 @@ from .section7 import (
     Row,
     start,
 )
+from .verdicts import tally
 
 
 CLAIM = (
@@ -168,7 +169,7 @@ def _row(
         "depth": depth,
         "dimension": dimension,
         "rank": rank,
-        **_counts(kinds),
+        **tally(kinds),
         "residual": _median(residuals[:, -1]),
         "least residual": limit,
         "distance": _median(distances[:, -1]),
@@ -234,7 +235,7 @@ def _remark42_row(
         "depth": depth,
         "dimension": dimension,
         "rank": rank,
-        **_counts(kinds),
+        **tally(kinds),
         "exact end": "saddle at 0",
         "end of the run": end,
         "precision limited at": limited_at,
@@ -324,21 +325,6 @@ def _verdicts(flow, theory, solution, certified, where) -> tuple[np.ndarray, lis
                 + describe(finding)
             )
     return kinds, notes
-
-
-def _counts(kinds: np.ndarray) -> dict[str, Any]:
-    best, failed = kinds == "global_minimum", kinds == "diverged"
-    saddle = (kinds == "strict_saddle") | (kinds == "nonstrict_saddle")
-    share = fraction(best, ~(best | saddle | failed))
-    return {
-        "draws": share.draws,
-        "global minimum": share.count,
-        "95 % low": share.outer_low,
-        "95 % high": share.outer_high,
-        "saddle": int(saddle.sum()),
-        "undecided": share.undecided,
-        "diverged": int(failed.sum()),
-    }
 
 
 def _end_rates(theory: LinearTheory, points, arrived: np.ndarray) -> np.ndarray:

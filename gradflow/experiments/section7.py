@@ -271,7 +271,10 @@ def _rate_sets(entry: Figure, rows: list[Row]) -> dict[str, Any]:
         members = [row for row in rows if row.table[entry.color] == value]
         x = [row.table[entry.against] for row in members]
         runs = np.array([row.runs for row in members]).T
-        sets.append({"label": _label(entry.color, value), "x": x, "runs": runs})
+        # Smaller and smaller, so that equal rates of several sets are all seen.
+        style = {"ms": max(7.0 - 2.5 * len(sets), 2.0)}
+        name = _label(entry.color, value)
+        sets.append({"label": name, "x": x, "runs": runs, "style": style})
         lines.append({"x": x, "y": [row.table["rate in theory"] for row in members]})
     return {"sets": sets, "lines": lines, "points": True}
 

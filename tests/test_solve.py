@@ -620,7 +620,7 @@ def test_refuses_what_is_not_a_number_or_a_solver():
             _check_positive("max_steps", value, whole=True)
     for value in ("tsit5", diffrax.Tsit5, 3):
         with pytest.raises(ValueError, match="is no diffrax solver"):
-            _adaptive(value, 1e-9)
+            _adaptive(value, 1e-9, jnp.ones(2))
     with pytest.raises(ValueError, match=r"times has shape \(1, 1\)"):
         _checked_times([[1.0]], jnp.float64)
 

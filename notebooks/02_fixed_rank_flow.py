@@ -188,7 +188,7 @@ flow = gf.GradientFlow(energy, square)
 initialize = gf.LowRankInit((3, 3), 3, 1.0)
 exact_study = gf.Study(
     initialize,
-    eqx.Partial(gf.integrate, flow, stop=theory.decided, throw=False),
+    gf.Integrator(flow, stop=theory.decided),
     eqx.Partial(gf.classify, flow, theory),
     draws=DRAWS,
 )
@@ -202,13 +202,7 @@ print("strict saddle: ", gf.fraction(saddle))
 plain = gf.GradientFlow(energy)
 factor_study = gf.Study(
     lambda key: initialize(key).balanced(DEPTH),
-    eqx.Partial(
-        gf.integrate,
-        plain,
-        stop=theory.linear.certificate,
-        audit=gf.Audit,
-        throw=False,
-    ),
+    gf.Integrator(plain, stop=theory.linear.certificate, audit=gf.Audit),
     eqx.Partial(gf.classify, plain, theory.linear),
     draws=DRAWS,
 )

@@ -8,7 +8,6 @@ Theorems 39 and 40.
 
 import dataclasses
 import itertools
-import math
 import time
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from ..initial import GaussianInit, OrthogonalInit, section7_widths
 from ..models.linear import SquaredLoss
 from ..moments import Moments
 from ..report import environment, Report
-from ..solve import integrate, TOLERANCE_RATIO
+from ..solve import integrate, Integrator, TOLERANCE_RATIO
 from ..solvers.stiff import stiff
 from ..study import find_device, Outcome, precision, run_study, Study
 from ..theory.linear import LinearTheory, TIE
@@ -44,8 +43,6 @@ CLAIM = (
 COST = "about 20 s on two cores for the default settings"
 # Above this many weights an implicit method's dense Jacobian costs more than it saves.
 LARGEST_IMPLICIT = 1000
-# Steps after which a draw is set aside to go on with the other slow ones.
-QUICK_STEPS = 400
 # Times at which the drawn runs are observed.
 CURVE_POINTS = 120
 
@@ -161,30 +158,18 @@ def _study(config: Config, theory: LinearTheory, depth: int, scale: float):
     methods: list[diffrax.AbstractSolver] = [diffrax.Tsit5()]
     if weights <= LARGEST_IMPLICIT:
         methods.append(stiff())
-    if math.isinf(config.horizon):
-        # Few draws need many steps, so those that do go on together.
-        quick = min(QUICK_STEPS, config.max_steps)
-        stages = [(methods[0], quick), *((m, config.max_steps) for m in methods)]
-    else:
-        # Each descent of a study has its own clock: one descent, one horizon.
-        stages = [(methods, config.max_steps)]
-    descents = tuple(
-        eqx.Partial(
-            integrate,
-            flow,
-            stop=theory.certificate,
-            horizon=config.horizon,
-            tolerance=config.tolerance,
-            rtol=config.rtol,
-            method=method,
-            max_steps=jnp.asarray(steps),
-            throw=False,
-        )
-        for method, steps in stages
+    integrator = Integrator(
+        flow,
+        horizon=config.horizon,
+        tolerance=config.tolerance,
+        rtol=config.rtol,
+        stop=theory.certificate,
+        method=tuple(methods),
+        max_steps=config.max_steps,
     )
     return Study(
         start(widths, jnp.asarray(scale)),
-        descents,
+        integrator,
         eqx.Partial(classify, flow, theory),
         draws=config.draws,
         batch=config.batch,

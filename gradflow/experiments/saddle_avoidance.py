@@ -33,7 +33,7 @@ from ..models.linear import SquaredLoss
 from ..models.low_rank import LowRank
 from ..moments import Moments
 from ..report import environment, Report
-from ..solve import integrate
+from ..solve import integrate, Integrator
 from ..solvers.stiff import stiff
 from ..study import find_device, Outcome, precision, run_study, Study
 from ..theory.linear import LinearTheory
@@ -52,8 +52,7 @@ COST = "about 80 s on two cores for the default settings, most of it compilation
 STARTS = ("factors", "balanced", "counterexample")
 # The start that refutes Conjecture 41 (b) below full rank, for spectrum 3, 2, 1.
 COUNTEREXAMPLE = ((1.0, 3.0, 0.0), (3.0, 1.0, 0.0), (0.0, 0.0, 0.0))
-# Steps after which a draw is set aside to go on with the other slow ones, or the
-# implicit method takes over.
+# Steps after which the implicit method takes over where escapes are slow.
 QUICK_STEPS = 400
 CURVE_POINTS = 150
 
@@ -235,36 +234,20 @@ class _Job:
     ) -> Outcome:
         """`slow`: escapes may take longer than an explicit method lasts."""
         config = self.config
-        settings: dict[str, Any] = {
-            "stop": theory.decided,
-            "horizon": config.horizon,
-            "tolerance": config.tolerance,
-            "rtol": config.rtol,
-            "audit": audit,
-            "throw": False,
-        }
         tsit5 = diffrax.Tsit5()
-        quick = min(QUICK_STEPS, config.max_steps)
-        if audit is None and math.isinf(config.horizon):
-            # Few draws need many steps, so those that do go on together.
-            stages = [((tsit5,), quick), ((tsit5,), config.max_steps)]
-        elif isinstance(flow.manifold, FixedRank) or not slow:
-            stages = [((tsit5,), config.max_steps)]
-        else:
-            # One stage: each has its own clock, and its own start to audit.
-            stages = [((tsit5, stiff()), quick)]
+        integrator = Integrator(
+            flow,
+            horizon=config.horizon,
+            tolerance=config.tolerance,
+            rtol=config.rtol,
+            stop=theory.decided,
+            method=(tsit5, stiff()) if slow else (tsit5,),
+            max_steps=min(QUICK_STEPS, config.max_steps) if slow else config.max_steps,
+            audit=audit,
+        )
         study = Study(
             initialize,
-            tuple(
-                eqx.Partial(
-                    integrate,
-                    flow,
-                    method=method,
-                    max_steps=jnp.asarray(steps),
-                    **settings,
-                )
-                for method, steps in stages
-            ),
+            integrator,
             eqx.Partial(classify, flow, theory),
             draws=config.draws if draws is None else draws,
             batch=config.batch,

@@ -217,15 +217,22 @@ def _factor_gradients(factors, moments):
     cut = _narrowest(factors)
     below, above = _partial_products(factors, cut)
     lower, upper = below[0], above[-1]
-    signal, gram = moments.xy, lower @ moments.xx
+    if moments.autoencoding:
+        # yx is xx, and one pass over it is enough.
+        both = jnp.concatenate([lower, upper.T]) @ moments.xx
+        gram, pulled = jnp.split(both, 2)
+        driven = gram
+    else:
+        gram, driven = lower @ moments.xx, lower @ moments.xy
+        pulled = (moments.xy @ upper).T
     gradients = []
     # Layers up to the cut: carry A^T (W xx - yx) (narrow by x) upward.
-    residual = (upper.T @ upper) @ gram - (signal @ upper).T
+    residual = (upper.T @ upper) @ gram - pulled
     for weight, product in zip(factors[:cut], below[1:], strict=True):
         gradients.append(product.T @ residual)
         residual = residual @ weight.T
     # Layers above it: carry (W xx - yx) B^T (y by narrow) downward.
-    residual = upper @ (gram @ lower.T) - (lower @ signal).T
+    residual = upper @ (gram @ lower.T) - driven.T
     gradients_above = []
     for weight, product in zip(
         reversed(factors[cut:]), reversed(above[:-1]), strict=True

@@ -25,6 +25,7 @@ def test_there_are_notebooks():
     assert [p.stem for p in SCRIPTS] == [p.stem for p in sorted(FOLDER.glob("*.ipynb"))]
 
 
+@pytest.mark.slow  # a minute each; continuous integration runs them
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_script_runs(script, tmp_path):
     done = subprocess.run(

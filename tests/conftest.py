@@ -1,5 +1,7 @@
 """Every test runs in float64, with implicit promotion of ranks and types refused."""
 
+import gc
+
 import jax
 import jax.random as jr
 import pytest
@@ -8,6 +10,14 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled():
+    """Compiled functions of a thousand tests are more than a process can map."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

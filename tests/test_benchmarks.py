@@ -22,6 +22,7 @@ def module(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow  # continuous integration runs it
 def test_velocity_smoke(tmp_path):
     script = FOLDER / "bench_velocity.py"
     done = subprocess.run(
@@ -70,6 +71,7 @@ def test_wrong_velocities_fail(module, monkeypatch, capsys):
     assert "gradflow velocity on 5-2-5 differs by 1e-09" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # continuous integration runs it
 def test_fixed_rank_smoke(tmp_path):
     script = FOLDER / "bench_fixed_rank.py"
     done = subprocess.run(

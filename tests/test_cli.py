@@ -10,7 +10,7 @@ import pytest
 
 from gradflow import Report
 from gradflow.cli import main
-from gradflow.experiments import convergence, NAMES
+from gradflow.experiments import convergence, NAMES, saddle_avoidance
 
 
 GRADFLOW = str(Path(sys.executable).with_name("gradflow"))
@@ -236,12 +236,29 @@ def test_demo(call, folder, monkeypatch):
             *({"panels": [panel]}, {}),
         )
 
+    second = []
+
+    def beside(config, progress):
+        second.append((config, progress))
+        sign = {"statement": "", "rank": 3, "starts with": "", "factors: global": 1}
+        return Report(
+            *("saddle_avoidance", "no minimum", dataclasses.asdict(config)),
+            *({"dtype": "float64", "device": "cpu"}, [{**row, **sign}], []),
+            *({"panels": []}, {}),
+        )
+
     monkeypatch.setattr(convergence, "run", run)
+    monkeypatch.setattr(saddle_avoidance, "run", beside)
     code, out, err = call("demo")
     assert (code, err) == (0, "") and out.startswith("claim\n")
-    assert {path.name for path in (folder / "gradflow-demo").iterdir()} == FILES
+    assert "\nno minimum\n" in out
+    written = {path.name for path in (folder / "gradflow-demo").iterdir()}
+    assert written == FILES | {"saddle_avoidance"}
+    assert (folder / "gradflow-demo/saddle_avoidance/report.json").is_file()
     assert call("demo", "--quiet", "--out", "b") == (0, "", "")
     assert asked == [(convergence.Config(), None), (convergence.Config(), False)]
+    assert [progress for _, progress in second] == [False, False]
+    assert second[0][0].starts == ("balanced",)
 
 
 # ---- errors

@@ -99,6 +99,7 @@ def test_little_is_wasted(integrator):
     assert taken.mean() < 0.6 * taken.max()
 
 
+@pytest.mark.slow
 def test_blocks_follow_each_other(integrator):
     """More draws than one block holds."""
     lanes = 4

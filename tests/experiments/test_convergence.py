@@ -70,10 +70,9 @@ def _check_panels(report):
     "changes",
     [
         {"data": "gaussian", "scales": (0.3, 0.03)},
-        {"data": "teacher"},
+        pytest.param({"data": "teacher"}, marks=pytest.mark.slow),
         {"data": "mnist", "dimension": 4, "digit": 3},
     ],
-    ids=lambda changes: changes["data"],
 )
 def test_almost_every_run_finds_a_global_minimum(changes):
     report = run(_tiny(**changes), progress=False)

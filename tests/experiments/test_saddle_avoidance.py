@@ -8,7 +8,10 @@ from gradflow.experiments.saddle_avoidance import Config, run
 
 
 SMALL = Config(
-    draws=60, batch=60, ranks=(3,), depths=(2,), starts=("balanced", "counterexample")
+    draws=60, batch=60, ranks=(3,), depths=(2,), starts=("balanced",), curves=0
+)
+DRAWN = Config(
+    draws=20, batch=20, ranks=(3,), depths=(2,), starts=("balanced", "counterexample")
 )
 
 
@@ -55,15 +58,19 @@ def test_the_hypothesis_of_conjecture_41_b_is_not_enough(report):
     assert both["global minimum"] == both["draws"] == asked["global minimum"]
 
 
-def test_counterexample(report):
+def test_figure_of_outcomes_alone(report, tmp_path):
+    assert all(path.stat().st_size > 10_000 for path in plot.save(report, tmp_path))
+
+
+@pytest.mark.slow
+def test_counterexample_and_figure(tmp_path):
+    """The least singular value: straight down for the exact flow, up again for the
+    factors."""
+    report = run(DRAWN, progress=False)
     found = row(report, "the counterexample")
     assert found["saddle"] == 1 and found["global minimum"] == 0
     assert found["factors: global"] == found["of these precision limited"] == 1
-
-
-def test_figure(report, tmp_path):
-    """The least singular value: straight down for the exact flow, up again for the
-    factors."""
+    assert len(report.figure["panels"]) == 2
     for panel in report.figure["panels"]:
         exact, factors = np.asarray(panel["exact"]), np.asarray(panel["factors"])
         assert np.all(np.diff(exact[-50:]) < 0)

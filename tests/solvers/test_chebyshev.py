@@ -1,0 +1,459 @@
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from gradflow.descent import RESULTS
+from gradflow.flow import AbstractFlow, GradientFlow
+from gradflow.initial import GaussianInit
+from gradflow.manifolds import FixedRank
+from gradflow.manifolds.base import AbstractManifold
+from gradflow.models.base import AbstractEnergy
+from gradflow.models.linear import DeepLinear, SquaredLoss
+from gradflow.models.low_rank import LowRank
+from gradflow.moments import Moments
+from gradflow.solve import integrate
+from gradflow.solvers import NormwiseStepSize, RKC2, stiff
+from gradflow.solvers.chebyshev import DAMPING, REACH, SAFETY, spectral_radius
+from gradflow.solvers.step_control import root_mean_square
+from gradflow.types import names_of
+
+
+METHOD = RKC2()
+TSIT5 = diffrax.Tsit5()
+ZERO = jnp.zeros(())
+
+
+def _teacher(size=6, rank=2, dtype=None):
+    """The workload D2 of the benchmarks, smaller: a linear teacher of low rank and
+    inputs of condition 1e4. The flow, a start, and the one map without error."""
+    frame = jr.orthogonal(jr.key(1), size)
+    xx = (frame * jnp.geomspace(1.0, 1e-4, size)[None, :]) @ frame.T
+    left, right = jr.normal(jr.key(2), (2, size, rank)) / size**0.5
+    teacher = left @ right.T
+    moments = Moments(xx, xx @ teacher.T, teacher @ xx @ teacher.T, 1)
+    start = GaussianInit((size, rank, size), size**-0.5)(jr.key(3))
+    if dtype is not None:
+        moments, start = jax.tree.map(
+            lambda x: x.astype(dtype) if eqx.is_array(x) else x, (moments, start)
+        )
+    return GradientFlow(SquaredLoss(moments)), start, teacher
+
+
+def _one_step(field, y0, length, *, method=METHOD, state=None):
+    terms = diffrax.ODETerm(field)
+    length = jnp.asarray(length, jax.tree.leaves(y0)[0].dtype)
+    if state is None:
+        state = method.init(terms, 0 * length, length, y0, None)
+    y1, error, _, state, _ = method.step(
+        terms, 0 * length, length, y0, None, state, made_jump=False
+    )
+    return y1, error, state
+
+
+class Quadratic(AbstractEnergy):
+    """E = sum of rates y^2 / 2, with flow y' = -rates y."""
+
+    rates: Any
+
+    def __call__(self, point):
+        terms = jax.tree.map(lambda r, y: jnp.sum(r * y**2) / 2, self.rates, point)
+        return sum(jax.tree.leaves(terms), ZERO)
+
+
+# Stability.
+
+
+def _polynomial(stages, z):
+    """The stability polynomial by numpy, and how far it is bounded."""
+    t = np.polynomial.chebyshev.Chebyshev.basis(stages)
+    w0 = 1 + DAMPING / stages**2
+    value, slope, curvature = t(w0), t.deriv(1)(w0), t.deriv(2)(w0)
+    b, w1 = curvature / slope**2, slope / curvature
+    shifted = w0 + w1 * z
+    # Where numpy's own sum of a series is exact.
+    assert np.all(np.abs(shifted) <= w0)
+    return 1 - b * value + b * t(shifted), (w0 + 1) / w1
+
+
+def test_stability_polynomial_is_the_closed_form_and_bounded():
+    stages = np.arange(2, 51)
+    reaches = REACH * (stages**2 - 1)
+    z = -reaches[:, None] * np.linspace(0, 1, 61)[None, :]
+
+    @jax.jit
+    @jax.vmap
+    def grow(z, stages):
+        terms = diffrax.ODETerm(lambda t, y, args: z * y)
+        one = jnp.ones_like(z)
+        change, after = METHOD._stages(terms, ZERO, one, None, ZERO + 1, z, stages)
+        return 1 + change, after
+
+    found, after = grow(jnp.asarray(z), jnp.asarray(stages))
+    np.testing.assert_allclose(after, z * found, rtol=1e-9, atol=1e-9)
+    for s, row, values in zip(stages, z, found, strict=True):
+        exact, reach = _polynomial(int(s), row)
+        np.testing.assert_allclose(values, exact, atol=1e-12)
+        assert REACH * (s**2 - 1) <= reach <= 1.003 * REACH * (s**2 - 1)
+        # A fast mode loses at least a thirtieth in each step.
+        assert np.all(np.abs(values) <= 1) and np.all(np.abs(values[row < -3]) < 0.97)
+
+
+def test_a_step_takes_as_many_stages_as_its_stiffness_needs():
+    # For one equation the radius is known after one iteration.
+    rates = jnp.geomspace(1e-3, 1e6, 400)
+    y1, error, state = jax.jit(
+        jax.vmap(lambda r: _one_step(lambda t, y, args: -r * y, jnp.ones(1), 1.0))
+    )(rates)
+    np.testing.assert_allclose(state.radius, rates, rtol=1e-14)
+    stages = np.asarray(state.age)
+    most = REACH * (METHOD.max_stages**2 - 1) / SAFETY
+    fits = np.asarray(rates) <= most
+    assert np.all(np.abs(y1[fits]) <= 1) and np.all(np.isfinite(error[fits]))
+    assert np.all(stages[fits] >= 2)
+    needed = SAFETY * np.asarray(rates) / REACH + 1
+    assert np.all(stages[fits] ** 2 >= needed[fits])
+    enough = (stages - 1) ** 2 < needed
+    assert np.all(enough[fits] | (stages[fits] == 2))
+    # A step that needs more costs nothing, and is rejected by any controller.
+    assert np.any(~fits)
+    np.testing.assert_array_equal(stages[~fits], 0)
+    np.testing.assert_array_equal(y1[~fits], 1.0)
+    np.testing.assert_array_equal(error[~fits], np.inf)
+
+
+@pytest.mark.parametrize("controller", [
+    NormwiseStepSize(1e-6), diffrax.PIDController(rtol=1e-6, atol=1e-9)
+])  # fmt: skip
+def test_a_step_that_needs_too_many_stages_is_cut(controller):
+    y0 = jnp.ones(1)
+    y1, error, _ = _one_step(lambda t, y, args: -1e9 * y, y0, 1.0)
+    _, state = controller.init(
+        diffrax.ODETerm(lambda t, y, args: y), 0.0, 1.0, y0, 1.0, None,
+        METHOD.func, 3,
+    )  # fmt: skip
+    keep, start, end, *_ = controller.adapt_step_size(
+        ZERO, ZERO + 1, y0, y1, None, error, 3, state
+    )
+    assert not keep and start == 0
+    np.testing.assert_allclose(end, 0.2, rtol=1e-12)
+
+
+def test_too_few_stages_are_refused():
+    with pytest.raises(ValueError, match="max_stages must be >= 2, got 1"):
+        RKC2(max_stages=1)
+
+
+# Order.
+
+
+def _oscillating(t, y, args):
+    """Not linear, not autonomous, and slightly stiff."""
+    a, b = y["a"], y["b"]
+    return {"a": -4 * a**3 + jnp.sin(3 * t) * b, "b": -a * b + jnp.cos(t) - 5 * b}
+
+
+OSCILLATING = {"a": jnp.array([1.0, -0.5]), "b": jnp.array([0.2, 2.0])}
+
+
+def _difference(x, y):
+    return float(root_mean_square(jax.tree.map(jnp.subtract, x, y)))
+
+
+@pytest.mark.parametrize("stages", [2, 3, 10, 50])
+def test_order_2_whatever_the_number_of_stages(stages):
+    terms = diffrax.ODETerm(_oscillating)
+
+    @jax.jit
+    def end(count):
+        length = 1.0 / count
+
+        def step(i, y):
+            t = i * length
+            before = _oscillating(t, y, None)
+            change, _ = METHOD._stages(terms, t, y, None, length, before, stages)
+            return jax.tree.map(jnp.add, y, change)
+
+        return jax.lax.fori_loop(0, count, step, OSCILLATING)
+
+    exact = diffrax.diffeqsolve(
+        terms, diffrax.Dopri8(), 0.0, 1.0, None, OSCILLATING,
+        stepsize_controller=diffrax.PIDController(rtol=1e-13, atol=1e-13),
+    ).ys  # fmt: skip
+    exact = jax.tree.map(lambda leaf: leaf[0], exact)
+    errors = [_difference(end(count), exact) for count in (20, 40, 80, 160)]
+    orders = np.log2(np.divide(errors[:-1], errors[1:]))
+    assert np.all(np.abs(orders - 2) < [0.4, 0.2, 0.1])
+
+
+def test_error_estimate_is_that_of_a_cubic():
+    # y' = -y^3 has y''' = -15 y^7, and h^3 y''' / 15 = -h^3.
+    lengths = jnp.array([0.02, 0.01, 0.005, 0.0025])
+    step = jax.vmap(lambda h: _one_step(lambda t, y, args: -(y**3), jnp.ones(1), h))
+    _, error, _ = step(lengths)
+    ratios = np.asarray(error)[:, 0] / np.asarray(lengths) ** 3
+    np.testing.assert_allclose(ratios[-1], -1.0, rtol=0.05)
+    scaling = np.log2(np.abs(np.asarray(error)[:-1, 0] / np.asarray(error)[1:, 0]))
+    assert np.all(np.abs(scaling - 3) < [0.1, 0.06, 0.03])
+
+
+# The spectral radius.
+
+
+def _estimate(function, point, direction, dtype=jnp.float64):
+    return jax.jit(
+        lambda direction: spectral_radius(
+            function, point, direction, jnp.zeros((), dtype), due=jnp.array(True)
+        )
+    )(direction)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("size", [2, 10, 50, 200])
+def test_spectral_radius_of_random_matrices(getkey, size, dtype):
+    for _ in range(5):
+        half = jr.normal(getkey(), (size, size), dtype)
+        matrix = -half @ half.T
+        exact = float(jnp.linalg.norm(matrix, 2))
+        start = jr.normal(getkey(), (size,), dtype)
+        vector, radius = _estimate(
+            eqx.Partial(jnp.matmul, matrix), 0 * start, start, dtype
+        )
+        assert radius.dtype == vector.dtype == dtype
+        assert 0.95 * exact < radius < 1.0001 * exact
+
+
+def test_spectral_radius_of_a_hessian():
+    flow, start, teacher = _teacher()
+    left, values, right = jnp.linalg.svd(teacher)
+    root = jnp.sqrt(values[:2])
+    minimum = DeepLinear((root[:, None] * right[:2], left[:, :2] * root[None, :]))
+    assert flow.speed(minimum) < 1e-13
+    flat, unflatten = jax.flatten_util.ravel_pytree(minimum)
+    hessian = jax.hessian(lambda y: flow.energy(unflatten(y)))(flat)
+    exact = jnp.linalg.eigvalsh(hessian)
+    _, radius = _estimate(flow.velocity, minimum, start)
+    assert 0.95 * exact[-1] < radius < 1.0001 * exact[-1]
+
+
+def test_spectral_radius_follows_an_eigenvalue_that_overtakes():
+    # The old direction holds nothing at all of the new one.
+    rates = jnp.arange(1.0, 31.0)
+    old = jnp.zeros(30).at[0].set(1.0)
+    _, radius = _estimate(lambda y: -rates * y, jnp.zeros(30), old)
+    assert 0.95 * 30 < radius <= 30
+    # Without a need the pair stays as it is, and a radius of 0 is no trouble.
+    kept = spectral_radius(
+        lambda y: -rates * y, jnp.zeros(30), old, ZERO + 7, due=jnp.array(False)
+    )
+    np.testing.assert_array_equal(kept[0], old)
+    assert kept[1] == 7
+    vector, radius = _estimate(lambda y: 0 * y, jnp.zeros(30), old)
+    assert radius == 0 and jnp.isfinite(vector).all()
+
+
+# Whole runs.
+
+
+class Counted(AbstractFlow):
+    """A flow that counts how often its velocity is asked for."""
+
+    energy: AbstractEnergy
+    manifold: AbstractManifold
+    add: Callable[[], None] = eqx.field(static=True)
+
+    def velocity(self, point):
+        jax.debug.callback(self.add)
+        return GradientFlow(self.energy, self.manifold).velocity(point)
+
+    def speed(self, point):
+        return GradientFlow(self.energy, self.manifold).speed(point)
+
+
+def _counted(flow, point, **options) -> Any:
+    """A solution, and the velocities it took."""
+    calls = []
+    counted = Counted(flow.energy, flow.manifold, lambda: calls.append(0))
+    solution = integrate(counted, point, **options)
+    jax.effects_barrier()
+    return solution, len(calls)
+
+
+def _slower_than(flow, speed):
+    return lambda point: flow.speed(point) <= speed
+
+
+def test_a_stiff_run_ends_where_the_implicit_method_ends():
+    flow, start, teacher = _teacher()
+    end = integrate(flow, start, method=stiff()).point
+    stop = _slower_than(flow, 1e-6)
+    options: Any = dict(method=METHOD, stop=stop, rtol=1e-6, tolerance=1e-3)
+    solution = integrate(flow, start, **options)
+    assert solution.result == RESULTS.rule_met
+    for found, expected in zip(solution.point.weights, end.weights, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(solution.point.matrix(), teacher, atol=0.05)
+    # On the way too, with the accuracy asked for.
+    times = jnp.array([0.5, 5.0, 50.0, 500.0])
+    paths = [
+        integrate(
+            flow, start, times=times, observe={"map": lambda p: p.matrix()},
+            method=method, rtol=rtol, tolerance=1e3 * rtol,
+        ).history
+        for method, rtol in [(METHOD, 1e-7), (stiff(), 1e-9)]
+    ]  # fmt: skip
+    np.testing.assert_allclose(paths[0]["map"], paths[1]["map"], atol=1e-5)
+
+
+def test_a_stiff_run_takes_a_tenth_of_the_velocities():
+    flow, start, _ = _teacher()
+    stop = _slower_than(flow, 1e-6)
+    options: Any = dict(stop=stop, rtol=1e-6, tolerance=1e-3)
+    solution, calls = _counted(flow, start, method=METHOD, **options)
+    assert solution.result == RESULTS.rule_met
+    explicit = integrate(
+        flow, start, method=TSIT5, max_steps=10**5, throw=False, **options
+    )
+    steps = explicit.stats["steps"] + explicit.stats["rejected"]
+    print(
+        calls,
+        solution.stats,
+        steps,
+        explicit.result,
+        explicit.speed,
+        solution.time,
+        explicit.time,
+    )
+    assert 10 * calls < 6 * steps
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_it_is_a_diffrax_solver(direction):
+    # Stiff, not autonomous, forward and backward in time, and observed between steps.
+    rate = 2000.0
+    exact = lambda t: jnp.stack([jnp.cos(t), jnp.sin(t) + jnp.exp(-abs(t))])
+    drift = lambda t: jnp.stack(
+        [-jnp.sin(t), jnp.cos(t) - direction * jnp.exp(-abs(t))]
+    )
+    field = lambda t, y, args: drift(t) - direction * rate * (y - exact(t))
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(field), METHOD, 0.0, direction * 3.0, None, exact(0.0),
+        stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-8),
+        saveat=diffrax.SaveAt(ts=direction * jnp.linspace(0.0, 3.0, 50)),
+    )  # fmt: skip
+    np.testing.assert_allclose(solution.ys, jax.vmap(exact)(solution.ts), atol=2e-5)
+    print(solution.stats)
+    assert solution.stats["num_steps"] < 400
+
+
+def test_a_jump_of_the_field_is_noticed():
+    field = lambda t, y, args: jnp.where(t < 1, -y, 100 - 100 * y)
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(field), METHOD, 0.0, 2.0, None, jnp.ones(1),
+        stepsize_controller=diffrax.ClipStepSizeController(
+            diffrax.PIDController(rtol=1e-6, atol=1e-8), jump_ts=jnp.array([1.0])
+        ),
+        saveat=diffrax.SaveAt(ts=jnp.array([1.0, 1.01])),
+    )  # fmt: skip
+    before = np.exp(-1)
+    after = 1 + (before - 1) * np.exp(-1)
+    np.testing.assert_allclose(solution.ys[:, 0], [before, after], atol=1e-5)
+
+
+def test_lanes_of_unlike_stiffness_do_not_disturb_each_other():
+    rates = jnp.array([0.0, 1e-3, 1.0, 30.0, 1e3, 1e5])
+
+    def descend(rate):
+        flow = GradientFlow(Quadratic({"slow": jnp.ones(1), "fast": rate}))
+        point = {"slow": jnp.array([2.0]), "fast": jnp.array(1.0)}
+        return integrate(
+            flow, point, horizon=1.0, method=METHOD, rtol=1e-6, tolerance=1e-3,
+            stop=_never, throw=False,
+        )  # fmt: skip
+
+    together = jax.jit(jax.vmap(descend))(rates)
+    assert jnp.all(together.time == 1)
+    np.testing.assert_allclose(together.point["slow"], 2 * np.exp(-1), rtol=1e-5)
+    np.testing.assert_allclose(together.point["fast"], np.exp(-rates), atol=1e-5)
+    for lane, rate in enumerate(rates):
+        alone = jax.jit(descend)(rate)
+        for name in ("steps", "rejected"):
+            assert alone.stats[name] == together.stats[name][lane]
+        np.testing.assert_allclose(
+            alone.point["fast"], together.point["fast"][lane], rtol=1e-10, atol=1e-12
+        )
+    print(together.stats)
+
+
+def _never(point):
+    return jnp.array(False)
+
+
+def test_float32():
+    flow, start, teacher = _teacher(dtype=jnp.float32)
+    solution, calls = _counted(
+        flow, start, method=METHOD, stop=_slower_than(flow, 1e-5), rtol=1e-5,
+        tolerance=1e-2, throw=False,
+    )  # fmt: skip
+    print(solution.stats, calls, solution.speed, solution.result, solution.time)
+    assert solution.result == RESULTS.rule_met
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(solution.point))
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
+@pytest.mark.parametrize("depth", [3, 5])
+def test_no_lane_is_stuck_by_overflow(depth, scale):
+    size = 8
+    target = jr.normal(jr.key(9), (size, size))
+    moments = Moments(jnp.eye(size), target.T, target @ target.T, 1)
+    flow = GradientFlow(SquaredLoss(moments))
+    init = GaussianInit((size,) * (depth + 1), scale / np.sqrt(size))
+
+    @jax.jit
+    @jax.vmap
+    def descend(key):
+        point = init(key)
+        solution = integrate(
+            flow, point, stop=lambda p: flow.energy(p) < 1e-3, rtol=1e-5,
+            tolerance=1e-2, max_steps=600, method=METHOD, throw=False,
+        )  # fmt: skip
+        return flow.energy(point), solution
+
+    before, solution = descend(jr.split(jr.key(1), 8))
+    print(solution.stats, names_of(RESULTS, solution.result))
+    assert np.all(solution.energy < before) and np.all(solution.time > 0)
+    assert np.all(solution.stats["rejected"] < 0.3 * solution.stats["steps"] + 10)
+
+
+@pytest.mark.parametrize("start", [300.0, 1e6, 1e150])
+def test_a_far_start_comes_in_with_any_controller(start):
+    # diffrax's controller would divide inf by inf.
+    for controller in (
+        NormwiseStepSize(rtol=1e-6), diffrax.PIDController(rtol=1e-6, atol=1e-9)
+    ):  # fmt: skip
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: -(y**3)), METHOD, 0.0, 1.0, 0.01,
+            jnp.array([start]), stepsize_controller=controller,
+        )  # fmt: skip
+        exact = 1 / np.sqrt(1 / start**2 + 2)
+        np.testing.assert_allclose(solution.ys[0, 0], exact, rtol=1e-4)
+
+
+def test_points_of_fixed_rank():
+    gram = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
+    flow = GradientFlow(SquaredLoss(Moments(gram, gram, gram, 1)), FixedRank(2, 2))
+    left, right = (jnp.linalg.qr(jr.normal(jr.key(k), (3, 2)))[0] for k in (0, 1))
+    point = LowRank(left, jnp.log(jnp.array([0.5, 0.1])), right)
+    ends = [
+        integrate(
+            flow, point, horizon=1.0, method=method, rtol=1e-7, tolerance=1e-4
+        ).point.matrix()
+        for method in (METHOD, TSIT5)
+    ]
+    np.testing.assert_allclose(ends[0], ends[1], atol=1e-5)

@@ -154,7 +154,9 @@ def test_every_run_ends_where_the_theory_says(widths):
             assert excess[lane] < values[1] - values[0]
 
 
-@pytest.mark.parametrize("widths", [(5, 3, 4), (5, 3, 4, 5)])
+@pytest.mark.parametrize(
+    "widths", [(5, 3, 4), pytest.param((5, 3, 4, 5), marks=pytest.mark.slow)]
+)
 def test_certified_runs_do_converge_to_the_least_value(widths):
     """Going on from where the certificate stopped them."""
     rng = np.random.default_rng(0)

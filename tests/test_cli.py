@@ -133,6 +133,7 @@ def test_run_writes_a_report_and_a_figure(call, folder):
     )
 
 
+@pytest.mark.slow
 def test_same_seed_same_rows(call, folder):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert call(*TINY, "--quiet", "--seed", seed, "--out", name)[0] == 0

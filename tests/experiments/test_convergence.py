@@ -69,7 +69,9 @@ def _check_panels(report):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"data": "gaussian", "scales": (0.3, 0.03)},
+        pytest.param(
+            {"data": "gaussian", "scales": (0.3, 0.03)}, marks=pytest.mark.slow
+        ),
         pytest.param({"data": "teacher"}, marks=pytest.mark.slow),
         {"data": "mnist", "dimension": 4, "digit": 3},
     ],
@@ -95,6 +97,7 @@ def test_almost_every_run_finds_a_global_minimum(changes):
     json.loads(report.to_json())
 
 
+@pytest.mark.slow
 def test_rows_depend_on_the_seed_only():
     first, again = (run(_tiny(), progress=False) for _ in range(2))
     with jax.enable_x64(False):
@@ -180,6 +183,7 @@ def test_critical_lines_are_the_greedy_chain():
     assert convergence._lines(theory, 2.0, least) == lines[1:]
 
 
+@pytest.mark.slow
 def test_a_horizon_is_kept_by_slow_draws_too():
     config = Config(
         data="gaussian",

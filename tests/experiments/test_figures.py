@@ -56,7 +56,19 @@ def reports():
     return report
 
 
-@pytest.mark.parametrize("number", FIGURES)
+# Quick to run, and of every sort: autoencoders and supervised, Remark 42, rates.
+QUICK = (1, 4, 10)
+
+
+def numbers(*without):
+    return [
+        pytest.param(number, marks=() if number in QUICK else pytest.mark.slow)
+        for number in FIGURES
+        if number not in without
+    ]
+
+
+@pytest.mark.parametrize("number", numbers())
 def test_rows(reports, number):
     report = reports(number)
     entry, sizes = FIGURES[number], SIZES.get(number, TINY)
@@ -71,7 +83,7 @@ def test_rows(reports, number):
     json.loads(report.to_json())
 
 
-@pytest.mark.parametrize("number", sorted(FIGURES.keys() - {4}))
+@pytest.mark.parametrize("number", numbers(4))
 def test_runs_reach_what_theory_says(reports, number):
     report = reports(number)
     assert report.notes == []
@@ -82,7 +94,7 @@ def test_runs_reach_what_theory_says(reports, number):
         assert row["rate"] == pytest.approx(row["rate in theory"], rel=0.1)
 
 
-@pytest.mark.parametrize("number", sorted(FIGURES.keys() - {4}))
+@pytest.mark.parametrize("number", numbers(4))
 def test_curves_and_lines(reports, number):
     entry = FIGURES[number]
     for panel in reports(number).figure["panels"]:
@@ -140,7 +152,7 @@ def test_before_it_parts_remark42_is_undecided():
     assert "more time to leave it" in report.notes[0]
 
 
-@pytest.mark.parametrize("number", FIGURES)
+@pytest.mark.parametrize("number", numbers())
 def test_nothing_is_cut_off_and_theory_is_thin_and_black(reports, number):
     report = reports(number)
     figure = plot.figures(report)

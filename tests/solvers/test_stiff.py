@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optimistix as optx
+import pytest
 
 from gradflow.descent import RESULTS
 from gradflow.flow import GradientFlow
@@ -24,6 +25,7 @@ def _deep_start(scale):
     return init(jr.key(3))
 
 
+@pytest.mark.slow
 def test_stiff_solves_what_an_explicit_method_cannot():
     # Depth 5 with entries of size 9: the fastest mode is some 1e9 times the slowest.
     start = _deep_start(16.0)

@@ -33,7 +33,7 @@ def random_start(key, size, rank):
 
 
 @pytest.mark.parametrize("depth", [2, 3])
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_right_sign_is_never_obstructed_and_wrong_sign_ends_at_the_saddle(depth, size):
     """Data with any xx; the exact flow is followed to where its loss stands still."""
     rng = np.random.default_rng(size)
@@ -62,7 +62,9 @@ def test_right_sign_is_never_obstructed_and_wrong_sign_ends_at_the_saddle(depth,
 
 
 @pytest.mark.parametrize("depth", [2, 3])
-@pytest.mark.parametrize("block", [(0, 2), (1, 2)])
+@pytest.mark.parametrize(
+    "block", [pytest.param((0, 2), marks=pytest.mark.slow), (1, 2)]
+)
 def test_kind_of_the_limit_is_that_of_its_lift(block, depth):
     """In an invariant block, the limit may be a best approximation or not."""
     energy = autoencoder(3.0, 2.0, 1.0)

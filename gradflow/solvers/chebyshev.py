@@ -68,8 +68,7 @@ class RKC2(diffrax.AbstractAdaptiveSolver):
 
     - `max_stages`: a step that needs more is rejected. A solver can't shorten a step,
       but an infinite error makes any controller do so by the most it ever does (by 5).
-      Such a trial costs no velocity, so running into the limit costs little: at it,
-      every fourth trial is rejected.
+      Such a trial costs no stage. At the limit about every third trial is rejected.
 
     *Reference:* Sommeijer, Shampine, Verwer 1998, *RKC: an explicit solver for
     parabolic PDEs*, J. Comput. Appl. Math. 88.
@@ -149,8 +148,8 @@ class RKC2(diffrax.AbstractAdaptiveSolver):
         """How far the step goes, and the velocity there.
 
         All velocities are found in one loop whose number of turns is known at run time
-        only: outside, XLA on CPU computes a velocity anew for each of its consumers
-        (9 times the time of a step). Stages are kept as differences from `y0`, so that
+        only: outside, XLA on CPU computes a velocity anew for each of its
+        consumers. Stages are kept as differences from `y0`, so that
         their rounding is relative to the step.
         """
         control = jnp.asarray(terms.contr(t0, t1))

@@ -132,7 +132,7 @@ class LowRankInit(eqx.Module):
     is from 1 to the smaller one, and the scale is a finite number > 0.
     """
 
-    shape: tuple[int, int] = eqx.field(static=True, converter=tuple)
+    shape: tuple[int, ...] = eqx.field(static=True, converter=tuple)
     rank: int = eqx.field(static=True)
     scale: float | Float[Array, ""]
 

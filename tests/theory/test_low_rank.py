@@ -1,5 +1,9 @@
 """The sign of a determinant excludes the minimum, and the loss says which saddle."""
 
+# Points of several kinds share one energy, and what was asked for is there.
+# pyright: reportArgumentType=false, reportOptionalSubscript=false
+# pyright: reportOptionalMemberAccess=false
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr

@@ -42,6 +42,14 @@ class Audit(eqx.Module):
 
     start: DeepLinear
 
+    def __check_init__(self):
+        if not isinstance(self.start, DeepLinear):
+            raise ValueError(
+                f"Audit is for the factors of a DeepLinear network, got "
+                f"{type(self.start).__name__}: leave audit out (LowRank runs keep rank "
+                "and sign by construction)"
+            )
+
     def __call__(self, network: DeepLinear) -> dict[str, Bool[Array, ""]]:
         kept = invariants(self.start)
         sizes = jnp.stack([jnp.sum(weight**2) for weight in self.start.weights])

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .descent import Descent, RESULTS, Solution, SUCCESSFUL
 from .flow import AbstractFlow
+from .manifolds.fixed_rank import FixedRank
 from .models.low_rank import LowRank
 from .solvers.rank_preserving import RankPreserving
 from .solvers.step_control import NormwiseStepSize, root_mean_square
@@ -67,6 +68,13 @@ class Integrator(eqx.Module, Generic[P]):
     def descents(self, point: P) -> tuple[Descent[P], ...]:
         """One descent for each method, for points like `point`."""
         dtype = _checked_dtype(point)
+        low_rank = isinstance(point, LowRank)
+        if low_rank and not isinstance(self.flow.manifold, FixedRank):
+            raise ValueError(
+                f"a LowRank point needs manifold=FixedRank(rank={point.rank}, depth), "
+                f"got {type(self.flow.manifold).__name__}: its three arrays are one of "
+                "many ways to write a matrix, so a flat flow of them means nothing"
+            )
         tolerance, rtol = checked_tolerances(self.tolerance, self.rtol, dtype)
         return tuple(
             Descent(

@@ -205,8 +205,12 @@ def balanced_operator(
       By default those below rounding do. (Rounding to the power 2/N is no rounding:
       1e-17 becomes 4e-4 at depth 10.)
 
+    **Raises:** `ValueError` for shapes that differ, a depth below 1, or a rank outside
+    1..min(shape).
+
     *Reference:* Bah et al. 2020, equation (12).
     """
+    _check_arguments(weight, z, depth, rank)
     return _apply(weight, z, depth, rank)
 
 
@@ -220,8 +224,11 @@ def balanced_inverse(
     r"""$\mathcal{A}_W^{-1}$ of the tangent part of $Z$: the inverse of
     `balanced_operator` on $T_W M_k$, 0 on its orthogonal complement.
 
+    **Raises:** as `balanced_operator`.
+
     *Reference:* Bah et al. 2020, Lemma 12.
     """
+    _check_arguments(weight, z, depth, rank)
     left, values, right = _full_svd(weight, rank)
     weights = _weights(values, weight.shape, depth)
     tangent = _tangent(values, weight.shape)
@@ -232,7 +239,11 @@ def balanced_inverse(
 def tangent_projection(
     weight: Float[Array, "y x"], z: Float[Array, "y x"], rank: int
 ) -> Float[Array, "y x"]:
-    r"""The orthogonal projection $Q_U Z + Z Q_V - Q_U Z Q_V$ on $T_W M_k$."""
+    r"""The orthogonal projection $Q_U Z + Z Q_V - Q_U Z Q_V$ on $T_W M_k$.
+
+    **Raises:** as `balanced_operator`.
+    """
+    _check_arguments(weight, z, 1, rank)
     left, _, right = jnp.linalg.svd(weight, full_matrices=False)
     left, right = left[:, :rank], right[:rank]
     up, across = left.T @ z, z @ right.T
@@ -317,6 +328,21 @@ def _divided(roots, power, depth):
     above = sum(x**i * y ** (power - 1 - i) for i in range(power))
     below = sum(x**i * y ** (depth - 1 - i) for i in range(depth))
     return jnp.where(below > 0, above / jnp.where(below > 0, below, 1), 0)
+
+
+def _check_arguments(weight, z, depth, rank):
+    shape = jnp.shape(weight)
+    if len(shape) != 2 or jnp.shape(z) != shape:
+        raise ValueError(
+            f"weight has shape {shape} and z {jnp.shape(z)}: give two matrices of one "
+            "shape"
+        )
+    if depth < 1:
+        raise ValueError(f"depth must be >= 1, got {depth}")
+    if rank is not None and not 1 <= rank <= min(shape):
+        raise ValueError(
+            f"rank={rank} must be from 1 to {min(shape)}, the smaller side"
+        )
 
 
 def _full_svd(weight, rank):

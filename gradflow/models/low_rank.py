@@ -73,6 +73,8 @@ class LowRank(AbstractLinearNetwork):
     def balanced(self, depth: int) -> DeepLinear:
         r"""Balanced factors of $W$ with all inner widths $k$: $W_1 = D V^\top$,
         $W_j = D$, $W_N = U D$ with $D = \mathrm{diag}(s^{1/N})$."""
+        if depth < 1:
+            raise ValueError(f"depth must be >= 1, got {depth}")
         point = self.canonical()
         root = jnp.exp(point.log_values / depth)
         if depth == 1:
@@ -87,6 +89,10 @@ class LowRank(AbstractLinearNetwork):
 
         **Raises:** `ValueError` if the matrix is not finite or has another rank.
         """
+        if jnp.ndim(weight) != 2:
+            raise ValueError(
+                f"weight has shape {jnp.shape(weight)}: give a matrix (y, x)"
+            )
         left, values, right = jnp.linalg.svd(weight, full_matrices=False)
         if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
             raise ValueError(f"rank must be a whole number, got {rank!r}")

@@ -65,13 +65,13 @@ class LowRankTheory(AbstractTheory[LowRank]):
         return self.linear.active(point)
 
     def certificate(self, point: LowRank) -> Bool[Array, ""]:
-        return self.linear.certificate(point)
+        return self.linear.certificate(self._checked(point))
 
     def match(self, point: LowRank) -> Match:
-        return self.linear.match(point.balanced(self.depth))
+        return self.linear.match(self._checked(point).balanced(self.depth))
 
     def remaining(self, point: LowRank) -> Scalar:
-        return self.linear.remaining(point.balanced(self.depth))
+        return self.linear.remaining(self._checked(point).balanced(self.depth))
 
     def saddle_limit(self, point: LowRank) -> Limit:
         r"""The saddle where a start of the wrong sign ends.
@@ -87,6 +87,7 @@ class LowRankTheory(AbstractTheory[LowRank]):
         2020 (`README.md` beside this file).
         """
         values = self.linear.singular_values
+        self._checked(point)
         obstructed, block = self._obstruction(point)
         # The least critical values below full rank leave out one mode, or two.
         missed = jnp.where(block, values**2, jnp.inf)
@@ -136,6 +137,16 @@ class LowRankTheory(AbstractTheory[LowRank]):
             "sign": ~self._obstruction(point)[0],
             "loss": self.certificate(point),
         }
+
+    def _checked(self, point: LowRank) -> LowRank:
+        if not isinstance(point, LowRank) or point.rank != self.rank:
+            kind = type(point).__name__
+            of = f" of rank {point.rank}" if isinstance(point, LowRank) else ""
+            raise ValueError(
+                f"this theory is of LowRank points of rank {self.rank}, got {kind}{of}:"
+                " make one with LowRank.of, or a theory of that rank"
+            )
+        return point
 
     def _obstruction(self, point: LowRank):
         """Whether a determinant has the wrong sign, and of which modes."""

@@ -133,6 +133,10 @@ def test_ties(spectrum):
     limit = theory.saddle_limit(stopped.point)
     assert bool(limit.certain) and int(jnp.sum(limit.modes)) == 2
     assert np.isclose(limit.value, 0.5)
+    # A loss above the next saddles leaves the limit open, even where all modes tie.
+    large = LowRank(start.left, start.log_values + 2, start.right)
+    assert not theory.hypotheses(large)["sign"]
+    assert not theory.saddle_limit(large).certain
 
 
 def test_a_mode_without_strength_obstructs_nothing():

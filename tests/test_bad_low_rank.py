@@ -35,8 +35,8 @@ CASES = {
     ),
     "depth": (lambda: balanced_operator(ONE, ONE, 0), "depth must be >= 1, got 0"),
     "inverse": (lambda: balanced_inverse(ONE, ONE, 0), "depth must be >= 1, got 0"),
-    "rank": (lambda: balanced_operator(ONE, ONE, 2, rank=9), "rank=9 must be from 1"),
-    "tangent": (lambda: tangent_projection(ONE, ONE, 7), "rank=7 must be from 1 to 3"),
+    "rank": (lambda: balanced_operator(ONE, ONE, 2, rank=9), "rank=9 must be from 0"),
+    "tangent": (lambda: tangent_projection(ONE, ONE, 7), "rank=7 must be from 0 to 3"),
     "balanced": (lambda: POINT.balanced(0), "depth must be >= 1, got 0"),
     "flat": (lambda: integrate(GradientFlow(ENERGY), POINT), "needs manifold=FixedR"),
     "audit": (

@@ -206,7 +206,7 @@ def balanced_operator(
       1e-17 becomes 4e-4 at depth 10.)
 
     **Raises:** `ValueError` for shapes that differ, a depth below 1, or a rank outside
-    1..min(shape).
+    0..min(shape).
 
     *Reference:* Bah et al. 2020, equation (12).
     """
@@ -339,9 +339,9 @@ def _check_arguments(weight, z, depth, rank):
         )
     if depth < 1:
         raise ValueError(f"depth must be >= 1, got {depth}")
-    if rank is not None and not 1 <= rank <= min(shape):
+    if rank is not None and not 0 <= rank <= min(shape):
         raise ValueError(
-            f"rank={rank} must be from 1 to {min(shape)}, the smaller side"
+            f"rank={rank} must be from 0 to {min(shape)}, the smaller side"
         )
 
 

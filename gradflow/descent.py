@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .flow import AbstractFlow
-from .solvers.step_control import NormwiseStepSize
+from .solvers.step_control import NormwiseStepSize, root_mean_square
 from .types import P, Scalar
 
 
@@ -76,20 +76,20 @@ class Solution(eqx.Module, Generic[P]):
 
 
 class State(eqx.Module, Generic[P]):
-    """A descent under way."""
+    """A descent under way, or many side by side (with an axis of lanes)."""
 
     point: P
-    time: Scalar
-    step_size: Scalar
-    first_step_size: Scalar
-    steps: Int[Array, ""]
-    rejected: Int[Array, ""]
-    finished: Bool[Array, ""]
-    waiting: Bool[Array, ""]  # for a solver before it, in a relay of several
+    time: Float[Array, "*lanes"]
+    step_size: Float[Array, "*lanes"]
+    first_step_size: Float[Array, "*lanes"]
+    steps: Int[Array, "*lanes"]
+    rejected: Int[Array, "*lanes"]
+    finished: Bool[Array, "*lanes"]
+    waiting: Bool[Array, "*lanes"]  # for a solver before it, in a relay of several
     result: RESULTS
     solver_state: PyTree
     control_state: PyTree
-    broken: dict[str, Scalar]
+    broken: dict[str, Float[Array, "*lanes"]]
     start: P | None  # what an audit compares with
 
 
@@ -134,9 +134,9 @@ class Descent(eqx.Module, Generic[P]):
             None,
             None,
             self.solver.func,
-            self.solver.error_order(terms),
+            self.error_order(),
         )
-        first = _coarse(jnp.asarray(first, dtype=time.dtype))
+        first = coarse(jnp.asarray(first, dtype=time.dtype))
         # The very first call decides the shapes; its numbers are read again by `step`.
         solver_state = self.solver.init(terms, zero, first, point, None)
         state = State(
@@ -180,70 +180,108 @@ class Descent(eqx.Module, Generic[P]):
 
     def step(self, state: State[P], horizon: Scalar) -> State[P]:
         """One trial step; changes nothing when the run is finished."""
-        remaining = horizon - state.time
-        landing = state.step_size >= 0.999 * remaining
-        size = jnp.where(landing, remaining, state.step_size)
+        size, landing = self.next_step(state, horizon)
         zero = jnp.zeros_like(size)
         terms = self._terms()
         candidate, error, _, solver_state, solver_result = self.solver.step(
             terms, zero, size, state.point, None, state.solver_state, made_jump=False
         )
-        keep, start, end, _, control_state, _ = self.control.adapt_step_size(
-            zero,
-            size,
-            state.point,
-            candidate,
-            None,
-            error,
-            cast(Any, self.solver.error_order(terms)),
-            state.control_state,
+        norms = [root_mean_square(tree) for tree in (state.point, candidate, error)]
+        keep, next_size, control_state = self.judge(
+            state.step_size, state.control_state, size, landing, *norms
         )
-        next_size = _coarse(jnp.asarray(end - start, dtype=size.dtype))
+        select = lambda new, old: jnp.where(keep, new, old)
+        point = jax.tree.map(select, candidate, state.point)
+        own_result = cast(RESULTS, RESULTS.promote(solver_result))
+        state = eqx.tree_at(
+            lambda s: (s.point, s.solver_state, s.control_state),
+            state,
+            (
+                point,
+                jax.tree.map(select, solver_state, state.solver_state),
+                control_state,
+            ),
+            is_leaf=lambda x: x is None,
+        )
+        state = self.conclude(
+            state,
+            horizon,
+            size,
+            landing,
+            keep,
+            next_size,
+            own_result,
+            self._at_rest(point),
+        )
+        broken = self._broken(state.start, point, state.time, state.broken)
+        return eqx.tree_at(lambda s: s.broken, state, broken)
+
+    def next_step(self, state: State[P], horizon: Scalar):
+        """The size of the next trial step, and whether it lands on the horizon."""
+        remaining = horizon - state.time
+        landing = state.step_size >= 0.999 * remaining
+        return jnp.where(landing, remaining, state.step_size), landing
+
+    def judge(self, step_size, control_state, size, landing, before, after, error):
+        """Whether to keep a step, the size of the next one, and what the step size
+        control remembers; from the root mean squares of the point before and after and
+        of the error. No more of the point is looked at."""
+        keep, start, end, _, control_state, _ = self.control.judge(
+            jnp.zeros_like(size),
+            size,
+            before,
+            after,
+            error,
+            cast(Any, self.error_order()),
+            control_state,
+        )
+        next_size = coarse(jnp.asarray(end - start, dtype=size.dtype))
         # A step cut short to land on the horizon says nothing against its
         # predecessor; and an unbounded step would make 0 * inf.
         next_size = jnp.where(
-            keep & landing, jnp.maximum(next_size, state.step_size), next_size
+            keep & landing, jnp.maximum(next_size, step_size), next_size
         )
-        next_size = jnp.minimum(next_size, jnp.sqrt(jnp.finfo(size.dtype).max))
-        select = lambda new, old: jnp.where(keep, new, old)
-        point = jax.tree.map(select, candidate, state.point)
+        return (
+            keep,
+            jnp.minimum(next_size, jnp.sqrt(jnp.finfo(size.dtype).max)),
+            control_state,
+        )
+
+    def conclude(
+        self, state, horizon, size, landing, keep, next_size, failure, rest
+    ) -> State[P]:
+        """The state after a step was kept or rejected, but for its point. `failure`:
+        what the solver says of the step; `rest`: whether the point is a place to stop
+        at, and why."""
+        met, met_result = rest
         time = jnp.where(keep, state.time + size, state.time)
         time = jnp.where(keep & landing, horizon, time)
         steps = state.steps + jnp.where(keep, 1, 0)
         rejected = state.rejected + jnp.where(keep, 0, 1)
 
         # In order of precedence, last wins.
-        met, met_result = self._at_rest(point)
         vanished = next_size <= VANISHED * state.first_step_size
         exhausted = steps + rejected >= self.max_steps
-        arrived = keep & landing
-        own_result = cast(RESULTS, RESULTS.promote(solver_result))
-        failed = keep & (own_result != SUCCESSFUL)
-        result = RESULTS.where(failed, own_result, SUCCESSFUL)
+        failed = keep & (failure != SUCCESSFUL)
+        result = RESULTS.where(failed, failure, SUCCESSFUL)
         finished = jnp.asarray(failed)
         for condition, member in (
             (vanished, RESULTS.step_size_vanished),
             (exhausted, RESULTS.max_steps_reached),
-            (arrived, RESULTS.horizon_reached),
+            (keep & landing, RESULTS.horizon_reached),
             (keep & met, met_result),
         ):
             result = RESULTS.where(condition, cast(RESULTS, member), result)
             finished = finished | condition
-        return State(
-            point,
-            time,
-            next_size,
-            state.first_step_size,
-            steps,
-            rejected,
-            finished,
-            state.waiting,
-            result,
-            jax.tree.map(select, solver_state, state.solver_state),
-            control_state,
-            self._broken(state.start, point, time, state.broken),
-            state.start,
+        return eqx.tree_at(
+            lambda s: (s.time, s.step_size, s.steps, s.rejected, s.finished, s.result),
+            state,
+            (time, next_size, steps, rejected, finished, result),
         )
+
+    def error_order(self):
+        """The order of the solver's error estimate."""
+        return self.solver.error_order(self._terms())
 
     def finished(self, state: State[P]) -> Bool[Array, ""]:
         """Whether the run is over."""
@@ -296,7 +334,7 @@ class Descent(eqx.Module, Generic[P]):
         return jnp.asarray(self.stop(point)), RESULTS.rule_met
 
 
-def _coarse(size: Scalar) -> Scalar:
+def coarse(size: Float[Array, "*lanes"]) -> Float[Array, "*lanes"]:
     """A step size rounded to 8 bits.
 
     The error estimate is a small difference of large numbers, so its rounding, which

@@ -8,15 +8,14 @@ same number of lanes, so it comes out the same to the last bit, whatever the oth
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 
-from .descent import Descent, End, RESULTS, Solution, State
+from .descent import End, RESULTS, Solution, State
+from .lanes import Lanes, lanes_of
 from .solve import Integrator
 from .solvers.step_control import root_mean_square
 from .types import Key, P
@@ -56,8 +55,9 @@ def _block(integrator, initialize, key, first, count, size, lanes):
     dtype = jnp.result_type(*jax.tree.leaves(like))
     # The descents look at the kind of the point only, never at its numbers.
     descents, end = integrator.descents(like), integrator.end(dtype)
-    starts = _Starts(initialize, key, jnp.asarray(first))
-    ends, rounds = _pass(descents[0], starts, end, jnp.asarray(count), size, lanes)
+    kept = lanes_of(descents[0], like)
+    starts, states = _begin(kept, initialize, key, jnp.asarray(first), size, lanes)
+    ends, rounds = _pass(kept, states, end, jnp.asarray(count), lanes)
     steps = {"used": 0, "all": int(rounds) * lanes}
     for descent in descents[1:]:
         exhausted = np.asarray(ends.result == RESULTS.max_steps_reached)[:count]
@@ -68,9 +68,9 @@ def _block(integrator, initialize, key, first, count, size, lanes):
         room = min(size, 2 ** int(left.size - 1).bit_length())
         which = jnp.asarray(np.resize(left, room))
         few = min(lanes, room)
-        later, rounds = _pass(
-            descent, _Later(ends, which), end, jnp.asarray(left.size), room, few
-        )
+        kept = lanes_of(descent, like)
+        states = _take_over(kept, ends, which, few)
+        later, rounds = _pass(kept, states, end, jnp.asarray(left.size), few)
         steps["all"] += int(rounds) * few
         ends = _merged(ends, later, which, jnp.asarray(left.size))
     steps["used"] = int(jnp.sum((ends.steps + ends.rejected)[:count]))
@@ -78,48 +78,67 @@ def _block(integrator, initialize, key, first, count, size, lanes):
     return jax.tree.map(lambda leaf: np.array(leaf[:count]), solution), steps
 
 
-class _Starts(eqx.Module):
-    """The first descent of a draw begins where the study says."""
-
-    initialize: Callable[[Key], Any]
-    key: Key
-    first: Int[Array, ""]
-
-    def point(self, draw):
-        return self.initialize(jax.random.fold_in(self.key, self.first + draw))
-
-    def __call__(self, descent: Descent, draw, zero) -> State:
-        return descent.init(self.point(draw), zero)
-
-
-class _Later(eqx.Module):
-    """A later one goes on where the one before it ran out of steps."""
-
-    ends: End
-    which: Int[Array, " draws"]
-
-    def __call__(self, descent: Descent, draw, zero) -> State:
-        del zero
-        end = jax.tree.map(lambda leaf: leaf[self.which[draw]], self.ends)
-        return descent.take_over(end)
+@eqx.filter_jit
+def _begin(kept: Lanes, initialize, key, first, size: int, lanes: int):
+    """The starts of a block and the states of their runs."""
+    # As many at once as there are lanes: a matrix that is factored alone comes out
+    # otherwise, in the last bit, than in company.
+    starts = jax.lax.map(
+        lambda draw: initialize(jax.random.fold_in(key, first + draw)),
+        jnp.arange(size),
+        batch_size=lanes,
+    )
+    times = jnp.zeros((size,), jnp.result_type(*jax.tree.leaves(starts)))
+    return starts, _chunked(
+        kept, lambda chunk: kept.begin(*chunk), (starts, times), lanes
+    )
 
 
 @eqx.filter_jit
-def _pass(descent, begin, horizon, count, size: int, lanes: int):
-    """The ends of draws 0 to `count` (of `size` places), and the rounds it took."""
+def _take_over(kept: Lanes, ends, which, lanes: int):
+    return _chunked(
+        kept, kept.take_over, jax.tree.map(lambda leaf: leaf[which], ends), lanes
+    )
+
+
+def _chunked(kept, function, rows, lanes):
+    """`function` of as many rows at a time as there are lanes, side by side."""
+    chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, lanes, *leaf.shape[1:]), rows)
+    states = jax.lax.map(function, chunks)
+    if kept.axis == 0:
+        joined = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
+    else:
+        joined = lambda leaf: jnp.moveaxis(leaf, 0, -2).reshape(*leaf.shape[1:-1], -1)
+    return jax.tree.map(joined, states)
+
+
+@eqx.filter_jit
+def _pass(kept: Lanes, begun: State, horizon, count, lanes: int):
+    """The ends of draws 0 to `count` of those begun, and the rounds it took."""
     group = max(1, lanes // SHARE)
-    zero = jnp.zeros_like(horizon)
-    start = lambda draw: begin(descent, draw, zero)
-    shape = eqx.filter_eval_shape(start, 0)
-    arrays, static = eqx.partition(shape, lambda x: isinstance(x, jax.ShapeDtypeStruct))
-    filled = lambda rows: jax.tree.map(
-        lambda leaf: jnp.zeros((rows, *leaf.shape), leaf.dtype), arrays
+    axis, size = kept.axis, begun.time.size
+    begun, static = eqx.partition(begun, eqx.is_array)
+    taken = lambda tree, places: jax.tree.map(
+        lambda leaf: jnp.take(leaf, places, axis=axis, mode="clip"), tree
     )
+
+    def put(tree, places, rows):
+        where = (
+            (lambda leaf: leaf.at[places])
+            if axis == 0
+            else (lambda leaf: leaf.at[..., places])
+        )
+        return jax.tree.map(
+            lambda leaf, new: where(leaf).set(new, mode="drop"), tree, rows
+        )
+
+    places = jnp.arange(lanes)
+    states = taken(begun, places)
     states = eqx.tree_at(
-        lambda s: s.finished, filled(lanes), jnp.ones((lanes,), dtype=bool)
+        lambda s: s.finished, states, states.finished | (places >= count)
     )
-    ends = _kept(eqx.combine(filled(size), static))
-    nobody = jnp.full((lanes,), size)
+    draws = jnp.where(places < count, places, size)
+    ends = jax.tree.map(jnp.zeros_like, _kept(begun))
 
     def refill(carry):
         states, draws, ends, following, rounds = carry
@@ -127,24 +146,11 @@ def _pass(descent, begin, horizon, count, size: int, lanes: int):
         rank = jnp.where(states.finished, jnp.where(draws < size, 0, 1), 2)
         chosen = jnp.argsort(rank, stable=True)[:group]
         free = rank[chosen] < 2
-        old = jax.tree.map(lambda leaf: leaf[chosen], states)
-        ends = jax.tree.map(
-            lambda to, leaf: to.at[jnp.where(free, draws[chosen], size)].set(
-                leaf, mode="drop"
-            ),
-            ends,
-            _kept(eqx.combine(old, static)),
-        )
+        old = taken(states, chosen)
+        ends = put(ends, jnp.where(free, draws[chosen], size), _kept(old))
         new = following + jnp.cumsum(free) - 1
         begins = free & (new < count)
-        begun = jax.vmap(start)(jnp.minimum(new, count - 1))
-        begun = eqx.filter(begun, eqx.is_array)
-        states = jax.tree.map(
-            lambda to, one, other: to.at[chosen].set(_choose(begins, one, other)),
-            states,
-            begun,
-            old,
-        )
+        states = put(states, jnp.where(begins, chosen, lanes), taken(begun, new))
         draws = draws.at[chosen].set(
             jnp.where(begins, new, jnp.where(free, size, draws[chosen]))
         )
@@ -158,11 +164,10 @@ def _pass(descent, begin, horizon, count, size: int, lanes: int):
 
     def step(carry):
         states, draws, ends, following, rounds = carry
-        whole = eqx.combine(states, static)
-        new = jax.vmap(lambda state: descent.step(state, horizon))(whole)
+        new = kept.step(eqx.combine(states, static), horizon)
         new = eqx.filter(new, eqx.is_array)
         states = jax.tree.map(
-            lambda one, other: _choose(states.finished, one, other), states, new
+            lambda one, other: _choose(states.finished, one, other, axis), states, new
         )
         return states, draws, ends, following, rounds + 1
 
@@ -170,13 +175,15 @@ def _pass(descent, begin, horizon, count, size: int, lanes: int):
         _, draws, _, following, _ = carry
         return (following < count) | jnp.any(draws < size)
 
-    carry = (states, nobody, ends, jnp.zeros_like(count), jnp.zeros((), dtype=int))
+    carry = (states, draws, ends, jnp.minimum(lanes, count), jnp.zeros((), dtype=int))
     carry = jax.lax.while_loop(
         unfinished,
-        lambda carry: jax.lax.while_loop(working, step, refill(carry)),
+        lambda carry: refill(jax.lax.while_loop(working, step, carry)),
         carry,
     )
-    return carry[2], carry[4]
+    whole = _kept(eqx.combine(begun, static))
+    ends = eqx.combine(carry[2], whole)
+    return eqx.tree_at(lambda end: end.point, ends, kept.points(ends.point, lanes)), carry[4]
 
 
 def _kept(state: State) -> End:
@@ -191,10 +198,11 @@ def _kept(state: State) -> End:
     )
 
 
-def _choose(condition, one, other):
-    """`one` for the rows where `condition` holds."""
-    rows = condition.reshape(condition.shape + (1,) * (one.ndim - 1))
-    return jnp.where(rows, one, other)
+def _choose(condition, one, other, axis):
+    """`one` in the lanes where `condition` holds."""
+    shape = [1] * one.ndim
+    shape[axis] = condition.size
+    return jnp.where(condition.reshape(shape), one, other)
 
 
 @eqx.filter_jit
@@ -214,14 +222,13 @@ def _merged(ends, later, which, count):
 
 @eqx.filter_jit
 def _solutions(descent, starts, ends, lanes: int):
-    def one(draw_and_end):
-        draw, end = draw_and_end
+    def one(start_and_end):
+        start, end = start_and_end
         solution = descent.solution(end)
-        moved = jax.tree.map(jnp.subtract, end.point, starts.point(draw))
+        moved = jax.tree.map(jnp.subtract, end.point, start)
         size = root_mean_square(end.point)
         distance = root_mean_square(moved) / jnp.where(size > 0, size, 1)
         return eqx.tree_at(lambda s: s.distance, solution, distance)
 
     # As many at once as there are lanes, so that sums are rounded alike.
-    places = jnp.arange(ends.time.size)
-    return jax.lax.map(one, (places, ends), batch_size=lanes)
+    return jax.lax.map(one, (starts, ends), batch_size=lanes)

@@ -49,6 +49,7 @@ def psd_power(
     return (vectors * powers[None, :]) @ vectors.T
 
 
+@jax.jit
 def eigh_descending(
     matrix: Float[Array, "n n"],
 ) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:

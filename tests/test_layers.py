@@ -22,6 +22,7 @@ LEVELS = {
     "audit": 3,
     "solvers": 3,
     "descent": 4,
+    "lanes": 5,
     "solve": 5,
     "critical": 5,
     "ensemble": 6,

@@ -5,6 +5,7 @@ from typing import Generic
 
 import equinox as eqx
 import jax
+from jaxtyping import Array, Bool
 
 from ..types import P, Scalar
 
@@ -23,3 +24,24 @@ class AbstractEnergy(eqx.Module, Generic[P]):
     def differential(self, point: P) -> P:
         r"""The Euclidean derivative $\mathrm{d}E$ at `point`, shaped as `point`."""
         return jax.grad(self.__call__)(point)
+
+
+class EnergyBelow(eqx.Module, Generic[P]):
+    """A predicate on points: their energy, `noise` times its size added, is below
+    `level`.
+
+    Of all stopping rules the cheapest, and one that a batch of runs can look at in
+    whatever form it keeps its points.
+    """
+
+    energy: AbstractEnergy[P]
+    level: Scalar
+    noise: Scalar
+    offset: Scalar
+
+    def __call__(self, point: P) -> Bool[Array, ""]:
+        return self.holds(self.energy(point))
+
+    def holds(self, energy):
+        """For an energy, or an array of energies."""
+        return energy + self.noise * (energy + self.offset) < self.level

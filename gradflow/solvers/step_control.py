@@ -86,39 +86,56 @@ class NormwiseStepSize(
                 "the solver has no error estimate, so its steps can't be adapted: "
                 "wrap it in diffrax.HalfSolver"
             )
-        finite = jax.tree.reduce(
-            jnp.logical_and,
-            jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), y1_candidate),
-        )
-        before, after = root_mean_square(y0), root_mean_square(y1_candidate)
+        norms = [root_mean_square(tree) for tree in (y0, y1_candidate, y_error)]
+        return self.judge(t0, t1, *norms, error_order, controller_state)
+
+    def judge(self, t0, t1, before, after, error, error_order, controller_state):
+        """`adapt_step_size` of a step of which only the root mean squares are known:
+        of the point before, of the candidate, and of its error."""
+        # Not finite if any entry is not.
+        finite = jnp.isfinite(after)
         size = jnp.where(finite, jnp.maximum(before, after), before)
         allowed = self.atol + self.rtol * size
         # A point at 0 that stays there has no error either.
         allowed = jnp.where(allowed > 0, allowed, 1)
         # An infinite error is a rejection with the largest cut; inf / inf is not.
-        scaled = jax.tree.map(
-            lambda e: jnp.where(finite & ~jnp.isnan(e), e / allowed, jnp.inf), y_error
-        )
-        ratio = root_mean_square(scaled)
+        ratio = jnp.where(finite & ~jnp.isnan(error), error / allowed, jnp.inf)
         # Below this an estimate is its own rounding, and says nothing about how much
         # longer the next step may be.
         noise = NOISE * jnp.finfo(ratio.dtype).eps * size / allowed
         ratio = jnp.maximum(ratio, jnp.minimum(noise, LEAST_ROOM))
         zero = jnp.zeros_like(ratio)
         return self._pid().adapt_step_size(
-            t0, t1, zero, zero, args, ratio, error_order, controller_state
+            t0, t1, zero, zero, None, ratio, error_order, controller_state
         )
 
+    def memory(self, like: Float[Array, "..."], error_order):
+        """What the control remembers before the first step, for points like `like`."""
+        one = jnp.ones((), like.dtype)
+        return self._pid().init(None, 0 * one, one, like, one, None, None, error_order)[
+            1
+        ]
+
     def _first_step(self, terms, t0, y0, args, func, error_order) -> Scalar:
-        """Hairer, Norsett, Wanner, *Solving ODEs I*, II.4, with norms of whole
-        points."""
         f0 = func(terms, t0, y0, args)
         size, rate = root_mean_square(y0), root_mean_square(f0)
-        trial = jnp.where((size > 0) & (rate > 0), 0.01 * size / rate, 1e-6)
+        trial = self.probe(size, rate)
         y1 = jax.tree.map(lambda y, f: y + trial * f, y0, f0)
         f1 = func(terms, t0 + trial, y1, args)
-        change = root_mean_square(jax.tree.map(jnp.subtract, f1, f0)) / trial
-        steepest = jnp.maximum(rate, change) / (self.atol + self.rtol * size)
+        change = root_mean_square(jax.tree.map(jnp.subtract, f1, f0))
+        return self.first_step(trial, size, rate, change, error_order)
+
+    def probe(self, size, rate):
+        """How far to look ahead for the first step, from the root mean squares of the
+        point and of its velocity.
+
+        *Reference:* Hairer, Norsett, Wanner, *Solving ODEs I*, II.4.
+        """
+        return jnp.where((size > 0) & (rate > 0), 0.01 * size / rate, 1e-6)
+
+    def first_step(self, trial, size, rate, change, error_order):
+        """The first step, from the change of the velocity over a time of `trial`."""
+        steepest = jnp.maximum(rate, change / trial) / (self.atol + self.rtol * size)
         step = (0.01 / steepest) ** (1.0 / error_order)
         # From 0 itself nothing is small relative to the point, and this step is 0.
         usable = jnp.isfinite(step) & (step > 0)

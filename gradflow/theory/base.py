@@ -1,6 +1,7 @@
 """What is proved about one energy, in the form that verdicts need."""
 
 import abc
+from collections.abc import Callable
 from typing import Generic
 
 import equinox as eqx
@@ -69,9 +70,11 @@ class AbstractTheory(eqx.Module, Generic[P]):
     def active(self, point: P) -> Bool[Array, " modes"]:
         """Which modes of the data `point` has learned."""
 
+    @property
     @abc.abstractmethod
-    def certificate(self, point: P) -> Bool[Array, ""]:
-        """Whether the exact flow from `point` is certain to end at a global minimum."""
+    def certificate(self) -> Callable[[P], Bool[Array, ""]]:
+        """The predicate of points from which the exact flow is certain to end at a
+        global minimum."""
 
     @abc.abstractmethod
     def match(self, point: P) -> Match:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ..models.base import EnergyBelow
 from ..models.linear import AbstractLinearNetwork, DeepLinear, LinearMap, SquaredLoss
 from ..spectrum import cutoff, psd_power, svd_signed
 from ..types import Scalar
@@ -76,12 +77,10 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
         xx = _require_definite(moments.xx)
         self.energy = energy
         self.rank = int(rank)
-        self.root = psd_power(xx, 0.5)
-        self.inverse_root = psd_power(xx, -0.5)
-        self.q = moments.xy.T @ self.inverse_root
-        left, values, right = svd_signed(self.q)
-        self.left, self.right = left, right
-        self.singular_values = jnp.where(values > ZERO * values[0], values, 0.0)
+        self.root, self.inverse_root, self.q, *decomposition = _decomposed(
+            xx, moments.xy
+        )
+        self.left, self.singular_values, self.right = decomposition
 
     def spectrum(self) -> Float[Array, " modes"]:
         r"""$\sigma_1 \ge \sigma_2 \ge \dots$, the singular values of $Q$."""
@@ -96,10 +95,10 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
 
     def critical_energy(self, modes: Sequence[int]) -> Scalar:
         r"""$\frac12 (\mathrm{tr}\,yy - \sum_{j \in J} \sigma_j^2)$."""
-        kept = self._checked(modes)
-        return 0.5 * (
-            jnp.trace(self.energy.moments.yy) - jnp.sum(self.singular_values[kept] ** 2)
-        )
+        kept = np.zeros(self.singular_values.shape, dtype=bool)
+        kept[self._checked(modes)] = True
+        # All modes, whatever the set: no number of modes is compiled anew.
+        return _value(self.energy.moments.yy, self.singular_values, kept)
 
     def index_sets(self) -> list[tuple[int, ...]]:
         """Every $J$ with at most `rank` of the nonzero modes, smallest first.
@@ -227,7 +226,8 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
         tail = jnp.sum(self.singular_values[self.rank :] ** 2)
         return 0.5 * (jnp.sum((self._whitened(point) - self.q) ** 2) - tail)
 
-    def certificate(self, point: AbstractLinearNetwork) -> Bool[Array, ""]:
+    @property
+    def certificate(self) -> EnergyBelow[AbstractLinearNetwork]:
         """Whether the loss is below every critical value but the least.
 
         The exact flow never increases the loss and converges to a critical point
@@ -236,11 +236,13 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
         *Reference:* Bah et al. 2020, section 3 (convergence) and Proposition 32.
         """
         # The energy and not `excess`: it costs no product of two wide sides.
-        energy = self.energy(point)
-        total = energy + jnp.trace(self.energy.moments.yy)
-        noise = 500 * jnp.finfo(energy.dtype).eps * total
-        least_gap = (1 - 1e-6) * self._least_gap()
-        return energy - self.optimal_energy() + noise < least_gap
+        optimal = self.optimal_energy()
+        return EnergyBelow(
+            self.energy,
+            level=optimal + (1 - 1e-6) * self._least_gap(),
+            noise=jnp.full_like(optimal, 500 * jnp.finfo(optimal.dtype).eps),
+            offset=jnp.trace(self.energy.moments.yy),
+        )
 
     def active(self, point: AbstractLinearNetwork) -> Bool[Array, " modes"]:
         r"""The modes $J$ of the critical point nearest in whitened coordinates.
@@ -311,6 +313,20 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
                 f"modes={tuple(kept)} are {len(kept)}, more than rank={self.rank}"
             )
         return np.asarray(kept, dtype=int)
+
+
+@jax.jit  # One by one its operations take longer to compile than together.
+def _decomposed(xx, xy):
+    inverse_root = psd_power(xx, -0.5)
+    q = xy.T @ inverse_root
+    left, values, right = svd_signed(q)
+    values = jnp.where(values > ZERO * values[0], values, 0.0)
+    return psd_power(xx, 0.5), inverse_root, q, left, values, right
+
+
+@jax.jit
+def _value(yy, singular_values, kept):
+    return 0.5 * (jnp.trace(yy) - jnp.sum(jnp.where(kept, singular_values**2, 0.0)))
 
 
 def _require_definite(xx):

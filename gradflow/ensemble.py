@@ -183,7 +183,8 @@ def _pass(kept: Lanes, begun: State, horizon, count, lanes: int):
     )
     whole = _kept(eqx.combine(begun, static))
     ends = eqx.combine(carry[2], whole)
-    return eqx.tree_at(lambda end: end.point, ends, kept.points(ends.point, lanes)), carry[4]
+    points = kept.points(ends.point, lanes)
+    return eqx.tree_at(lambda end: end.point, ends, points), carry[4]
 
 
 def _kept(state: State) -> End:

@@ -142,6 +142,7 @@ class LinearLanes(Lanes):
         keep, next_size, control_state = jax.vmap(descent.judge)(
             states.step_size, states.control_state, size, landing, *norms
         )
+        keep = jnp.asarray(keep)
         point = jnp.where(keep[None], candidate, states.point)
         velocity = jnp.where(keep[None], velocity, states.solver_state)
         met, met_result = self._rest(point, velocity)
@@ -258,10 +259,10 @@ class LinearLanes(Lanes):
         """One step of the method: where it ends, its error, the velocity there."""
         tableau = cast(Any, self.descent.solver).tableau
         count = tableau.num_stages
-        weights = np.zeros((count, count))
-        for stage, row in enumerate(tableau.a_lower, 1):
-            weights[stage, :stage] = row
-        weights = jnp.asarray(weights, columns.dtype)
+        factors = np.zeros((count, count))
+        for i, row in enumerate(tableau.a_lower, 1):
+            factors[i, :i] = row
+        weights = jnp.asarray(factors, columns.dtype)
         slopes = jnp.broadcast_to(velocity, (count, *velocity.shape))
 
         def combined(slopes, factors, last):

@@ -1,13 +1,19 @@
 """Every test runs in float64, with implicit promotion of ranks and types refused."""
 
 import gc
+import os
 from pathlib import Path
 
 import jax
 import jax.random as jr
 import pytest
 
+from gradflow.cli import compile_fast
 
+
+# Most of the time of the tests is compilation. What is timed, the benchmarks and
+# notebooks, runs in processes of its own.
+os.environ |= compile_fast()
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

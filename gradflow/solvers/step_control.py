@@ -11,6 +11,7 @@ Two things diffrax's `PIDController` leaves open matter for gradient flows:
 """
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import diffrax
 import jax
@@ -86,8 +87,9 @@ class NormwiseStepSize(
                 "the solver has no error estimate, so its steps can't be adapted: "
                 "wrap it in diffrax.HalfSolver"
             )
-        norms = [root_mean_square(tree) for tree in (y0, y1_candidate, y_error)]
-        return self.judge(t0, t1, *norms, error_order, controller_state)
+        before, after = root_mean_square(y0), root_mean_square(y1_candidate)
+        error = root_mean_square(y_error)
+        return self.judge(t0, t1, before, after, error, error_order, controller_state)
 
     def judge(self, t0, t1, before, after, error, error_order, controller_state):
         """`adapt_step_size` of a step of which only the root mean squares are known:
@@ -111,10 +113,11 @@ class NormwiseStepSize(
 
     def memory(self, like: Float[Array, "..."], error_order):
         """What the control remembers before the first step, for points like `like`."""
-        one = jnp.ones((), like.dtype)
-        return self._pid().init(None, 0 * one, one, like, one, None, None, error_order)[
-            1
-        ]
+        one, func = jnp.ones((), like.dtype), cast(Any, None)
+        _, state = self._pid().init(
+            func, 0 * one, one, like, one, None, func, error_order
+        )
+        return state
 
     def _first_step(self, terms, t0, y0, args, func, error_order) -> Scalar:
         f0 = func(terms, t0, y0, args)

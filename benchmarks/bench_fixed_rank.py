@@ -7,9 +7,10 @@ $x \sim N(0, I/d)$, autoencoded, depth $N$:
   it is defined (the baseline; the compiler makes the equal eigendecompositions once),
   by the singular value decomposition of $W$ (`FixedRank` at `LinearMap`), in factors
   (`FixedRank` at `LowRank`) and as that of $N$ balanced factors of width $k$
-  (`DeepLinear`), all of the same points;
-- a run of the last three, with the error of each against the balanced factors by
-  Dopri8 at rtol 1e-12.
+  (`DeepLinear`), also in the layout in which ensembles step them; all of the same
+  points;
+- a run of each but the first and the last, with the error against the balanced
+  factors by Dopri8 at rtol 1e-12.
 
 Exits with 1 if the velocities differ by more than rounding, or an end point by more
 than is asked.
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -31,6 +33,7 @@ import numpy as np
 import timing
 
 import gradflow as gf
+from gradflow.lanes import lanes_of, LinearLanes
 from gradflow.spectrum import psd_power
 
 
@@ -65,6 +68,7 @@ FULL = (Workload(200, 2, 4, 16, 2, 1.0),)
 SMOKE = (Workload(6, 2, 4, 4, 2, 1.0),)
 FACTORED = "in factors (LowRank)"
 BALANCED = "N balanced factors of width k"
+STEPPED = "the same, lanes last, as ensembles step them"
 AMBIENT = "all entries, by SVD (LinearMap)"
 DEFINITION = "all entries, by matrix powers"
 
@@ -107,6 +111,15 @@ def draw(workload: Workload) -> Problem:
     return Problem(workload, points, flows, workload.horizon * samples)
 
 
+def columns_of(problem: Problem) -> LinearLanes:
+    """The layout of an ensemble of the balanced factors."""
+    like = jax.tree.map(lambda leaf: leaf[0], problem.points[BALANCED])
+    (descent,) = gf.Integrator(problem.flows[BALANCED]).descents(like)
+    lanes = lanes_of(descent, like)
+    assert isinstance(lanes, LinearLanes)
+    return lanes
+
+
 def velocity(problem: Problem, name: str) -> timing.Candidate:
     """All lanes in one call, a function of all that it needs."""
     depth = problem.workload.depth
@@ -123,6 +136,13 @@ def velocity(problem: Problem, name: str) -> timing.Candidate:
             total = total + above[depth - j - 1] @ slope @ below[j - 2]
         return gf.models.LinearMap(-total)
 
+    if name == STEPPED:
+        lanes = columns_of(problem)
+        arrays, static = eqx.partition(lanes, eqx.is_array)
+        arguments = arrays, lanes.columns(problem.points[BALANCED])
+        function = lambda arrays, columns: eqx.combine(arrays, static).velocity(columns)
+        program, seconds = timing.compiled(function, *arguments)
+        return timing.Candidate(lambda: program(*arguments), seconds)
     ours = lambda flow, point: flow.velocity(point)
     one = defined if name == DEFINITION else ours
     batched = jax.vmap(one, in_axes=(None, 0))
@@ -167,13 +187,16 @@ def difference(found: Any, expected: Any) -> float:
 
 
 def bench_velocities(problem: Problem, repeats: int) -> list[dict[str, Any]]:
-    candidates = {name: velocity(problem, name) for name in problem.points}
+    names = [*problem.points, STEPPED]
+    candidates = {name: velocity(problem, name) for name in names}
     timings = timing.interleave(candidates, repeats=repeats)
     # As velocities of the product, whatever it is a product of.
     product = jax.vmap(
         lambda point, move: jax.jvp(lambda p: p.matrix(), (point,), (move,))[1]
     )
-    moves = {n: product(problem.points[n], timings[n].result) for n in candidates}
+    moves = {n: product(problem.points[n], timings[n].result) for n in problem.points}
+    stepped = columns_of(problem).points(timings[STEPPED].result, 1)
+    moves[STEPPED] = product(problem.points[BALANCED], stepped)
     errors = {name: difference(moves[name], moves[FACTORED]) for name in candidates}
     lanes = dict.fromkeys(candidates, problem.workload.lanes)
     return _rows(problem, "velocity", candidates, timings, lanes, errors)

@@ -25,11 +25,13 @@ from .models.linear import DeepLinear, SquaredLoss
 from .types import Scalar
 
 
-# Above this many rows or columns a matrix is large enough for a call of its own.
-WIDEST = 32
+# Above this inner width matrices are large enough for calls of their own.
+WIDEST = 12
 # Sums of more products are computed apart: inside one loop with what uses them, the
 # compiler would compute them anew for each use.
 LONGEST_FUSED = 4
+# Sums of more products are not written out.
+LONGEST = 32
 
 
 def lanes_of(descent: Descent, like: Any) -> "Lanes":
@@ -44,7 +46,7 @@ def lanes_of(descent: Descent, like: Any) -> "Lanes":
         and descent.audit is None
         and (stop is None or isinstance(stop, EnergyBelow))
     )
-    if known and like.depth > 1 and max(like.widths) <= WIDEST:
+    if known and like.depth > 1 and max(like.widths[1:-1]) <= WIDEST:
         return _linear(descent, like.widths)
     return Lanes(descent)
 
@@ -97,11 +99,11 @@ class LinearLanes(Lanes):
     def begin(self, points, times) -> State:
         descent, control = self.descent, self.descent.control
         order = descent.error_order()
-        columns = self._columns(points)
-        velocity = self._velocity(columns)
+        columns = self.columns(points)
+        velocity = self.velocity(columns)
         size, rate = _rms(columns), _rms(velocity)
         probe = control.probe(size, rate)
-        change = _rms(self._velocity(columns + probe[None] * velocity) - velocity)
+        change = _rms(self.velocity(columns + probe[None] * velocity) - velocity)
         first = coarse(control.first_step(probe, size, rate, change, order))
         met, met_result = self._rest(columns, velocity)
         finite = jnp.isfinite(size) & jnp.isfinite(rate)
@@ -171,7 +173,9 @@ class LinearLanes(Lanes):
         # Matrix products of other sizes are rounded otherwise.
         return jax.lax.map(one, kept.T, batch_size=at_once)
 
-    def _columns(self, points: DeepLinear) -> Float[Array, "entries lanes"]:
+    def columns(self, points: DeepLinear) -> Float[Array, "entries lanes"]:
+        """Points (with a leading axis) as columns: their entries in the eigenbasis."""
+
         def one(point):
             weights = self._rotated(point.weights, self.rotation)
             return jnp.concatenate([jnp.ravel(weight) for weight in weights])
@@ -212,7 +216,8 @@ class LinearLanes(Lanes):
             pushed = _through(self.driven.T, jnp.swapaxes(lower, 0, 1))
         return weights, cut, below, above, gram, pulled, pushed
 
-    def _velocity(self, columns):
+    def velocity(self, columns: Float[Array, "entries lanes"]):
+        """The velocity of each column, as a column."""
         weights, cut, below, above, gram, pulled, pushed = self._products(columns)
         times, turned = self._times, lambda x: jnp.swapaxes(x, 0, 1)
         lower, upper = below[0], above[-1]
@@ -237,7 +242,8 @@ class LinearLanes(Lanes):
         slopes += reversed(slopes_above)
         return -jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in slopes])
 
-    def _energy(self, columns):
+    def energy(self, columns: Float[Array, "entries lanes"]):
+        """The energy of each column."""
         _, _, below, above, gram, _, pushed = self._products(columns)
         lower, upper = below[0], above[-1]
         learned = self._times(gram, jnp.swapaxes(lower, 0, 1))
@@ -253,7 +259,7 @@ class LinearLanes(Lanes):
         if stop is None:
             speed = jnp.sqrt(jnp.sum(velocity**2, axis=0))
             return speed <= self.descent.tolerance, SUCCESSFUL
-        return cast(EnergyBelow, stop).holds(self._energy(columns)), RESULTS.rule_met
+        return cast(EnergyBelow, stop).holds(self.energy(columns)), RESULTS.rule_met
 
     def _trial(self, columns, velocity, size):
         """One step of the method: where it ends, its error, the velocity there."""
@@ -275,7 +281,7 @@ class LinearLanes(Lanes):
             slopes, _ = carry
             # Factors of slopes that are not there yet are 0.
             place = columns + combined(slopes, weights[i + 1], count - 1)
-            return slopes.at[i + 1].set(self._velocity(place)), place
+            return slopes.at[i + 1].set(self.velocity(place)), place
 
         # The last stage is at the end of the step.
         slopes, end = jax.lax.fori_loop(0, self.stages, stage, (slopes, columns))
@@ -285,6 +291,8 @@ class LinearLanes(Lanes):
     def _times(self, left, right):
         """The products of two matrices in each lane."""
         terms = left.shape[1]
+        if terms > LONGEST:
+            return jnp.sum(left[:, :, None] * right[None], axis=1)
 
         def product():
             total = left[:, 0, None] * right[None, 0]

@@ -83,7 +83,7 @@ def test_fixed_rank_smoke(tmp_path):
     rows = json.loads((tmp_path / "fixed_rank.json").read_text())["rows"]
     velocities = [row for row in rows if row["of"] == "velocity"]
     runs = [row for row in rows if row["of"] == "run"]
-    assert len(velocities) == 4 and len(runs) == 3
+    assert len(velocities) == 5 and len(runs) == 3
     for part in (velocities, runs):
         assert part[0]["speed over baseline"] == 1.0
     assert all(row["relative error"] <= 1e-11 for row in velocities[1:])

@@ -9,9 +9,11 @@ import dataclasses
 import importlib
 import importlib.metadata
 import os
+import platform
 import sys
 import threading
 import tomllib
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -98,6 +100,9 @@ def main(arguments: list[str] | None = None) -> None:
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
+    if "jax" not in sys.modules:
+        for name, value in keep_compiled().items():
+            os.environ.setdefault(name, value)
     try:
         code = _dispatch(tokens)
     except KeyboardInterrupt:
@@ -204,6 +209,21 @@ def compile_fast() -> dict[str, str]:
         return {}
     given = os.environ.get("XLA_FLAGS", "")
     return {"XLA_FLAGS": f"{given} --xla_cpu_use_fusion_emitters=false".strip()}
+
+
+def keep_compiled() -> dict[str, str]:
+    """Environment variables with which jax keeps what it compiles for later processes,
+    in the user's folder for such files. To be set before jax is imported."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # A home that several machines share: compiled code is for one kind of processor.
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    kind = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(Path(root, "gradflow", "compiled", kind)),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 class _Beside:

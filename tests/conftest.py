@@ -8,12 +8,17 @@ import jax
 import jax.random as jr
 import pytest
 
-from gradflow.cli import compile_fast
+from gradflow.cli import compile_fast, keep_compiled
 
 
-# Most of the time of the tests is compilation. What is timed, the benchmarks and
-# notebooks, runs in processes of its own.
+# Most of the time of the tests is compilation; what is compiled is kept for the next
+# time, and for the processes that tests start. (No test measures time.)
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache")
 os.environ |= compile_fast()
+jax.config.update(
+    "jax_compilation_cache_dir", keep_compiled()["JAX_COMPILATION_CACHE_DIR"]
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

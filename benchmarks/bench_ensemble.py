@@ -1,0 +1,400 @@
+r"""What does it cost to learn where many gradient flows go?
+
+For each workload (a network, its data, many random starts) the same lanes by:
+
+- diffrax's `diffeqsolve`, vmapped: Tsit5, an event at a small gradient; with gradflow's
+  velocity (the baseline) or with automatic differentiation, and with gradflow's loss
+  certificate as the event;
+- an ensemble of gradflow with the same method, tolerance and stopping gradient;
+- an ensemble of gradflow that stops at the certificate (verdicts).
+
+Beside each time: velocities per lane, the share of lane steps that were idle, how many
+lanes ended below the certificate's level, and for ensembles the error of W at a fixed
+time against diffrax's Dopri8 at rtol 1e-11. Exits with 1 if a lane that one candidate
+certifies ended elsewhere by another, or if an error is too large.
+
+    python benchmarks/bench_ensemble.py --out FOLDER
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import timing
+
+import gradflow as gf
+from gradflow.ensemble import descend
+from gradflow.models.base import EnergyBelow
+
+
+TITLE = "Many gradient flows of deep linear networks: gradflow against vmapped diffrax."
+# The stopping gradient, relative to that at 0, and the tolerance of its runs.
+GRADIENT, RTOL = 1e-4, 1e-6
+# Verdicts need no accurate trajectory.
+VERDICT_RTOL = 1e-4
+REFERENCE_RTOL = 1e-11
+# Error of W allowed at a fixed time, at RTOL.
+ALLOWED = 1e-4
+FOREVER = 1e8
+MOST_STEPS = 2**17
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """`scale` times N(0, 1/d_j) starts. `lanes` runs, `resident` of them at once in an
+    ensemble; `condition`: supervised by a teacher of rank 5, with inputs of this
+    condition number. The baselines that take too long run `few` lanes."""
+
+    name: str
+    widths: tuple[int, ...]
+    lanes: int
+    resident: int
+    scale: float = 1.0
+    condition: float | None = None
+    few: int | None = None
+
+
+FULL = (
+    Workload("A", (20, 2, 11, 20), 1024, 64, few=48),
+    Workload("B", (5, 2, 5), 4096, 128),
+    Workload("C", (200, 20, 65, 110, 155, 200), 16, 16),
+    Workload("E", (10, 2, 6, 10), 1024, 64, scale=0.02),
+)
+SMOKE = (
+    Workload("A", (6, 2, 4, 6), 8, 4),
+    Workload("B", (5, 2, 5), 8, 4),
+)
+
+
+class Start(eqx.Module):
+    """Entries of $W_j$ are `scale` times $N(0, 1/d_j)$."""
+
+    widths: tuple[int, ...] = eqx.field(static=True)
+    scale: float
+
+    def __call__(self, key):
+        keys = jr.split(key, len(self.widths) - 1)
+        shapes = zip(keys, self.widths[:-1], self.widths[1:], strict=True)
+        return gf.models.DeepLinear(
+            tuple(
+                self.scale / out**0.5 * jr.normal(key, (out, into))
+                for key, into, out in shapes
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A workload with its numbers drawn; data are scaled so that the gradient by the
+    product at 0 has norm 1."""
+
+    workload: Workload
+    flow: gf.GradientFlow
+    theory: gf.theory.LinearTheory
+    start: Start
+    key: jax.Array
+
+    def starts(self, lanes: int):
+        keys = jax.vmap(lambda draw: jr.fold_in(self.key, draw))(jnp.arange(lanes))
+        return jax.vmap(self.start)(keys)
+
+
+def draw(workload: Workload) -> Problem:
+    width = workload.widths[0]
+    key, data_key, *keys = jr.split(jr.key(0), 5)
+    if workload.condition is None:
+        x = jr.normal(data_key, (3 * width, width))
+        moments = gf.Moments.from_data(x)
+        size = jnp.linalg.norm(moments.xy) ** 0.5
+        moments = gf.Moments.from_data(x / size)
+    else:
+        x = jr.normal(data_key, (3 * width, width))
+        left, _, right = jnp.linalg.svd(x, full_matrices=False)
+        values = jnp.geomspace(1.0, workload.condition**-0.5, width)
+        x = (3 * width) ** 0.5 * (left * values[None]) @ right
+        up, down = (jr.normal(k, (width, 5)) for k in keys[:2])
+        y = x @ down @ up.T
+        size = jnp.linalg.norm(y.T @ x) / len(x)
+        moments = gf.Moments.from_data(x, y / size)
+    energy = gf.models.SquaredLoss(moments)
+    return Problem(
+        workload,
+        gf.GradientFlow(energy),
+        gf.theory.LinearTheory(energy, min(workload.widths)),
+        Start(workload.widths, workload.scale),
+        key,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """Where the lanes ended, and what it took."""
+
+    certified: np.ndarray
+    energies: np.ndarray
+    velocities: float
+    idle: float
+
+
+def by_diffrax(problem: Problem, lanes: int, velocity, event) -> timing.Candidate:
+    """All lanes in one vmapped solve that runs until the last one is done."""
+    flow, theory = problem.flow, problem.theory
+    terms = diffrax.ODETerm(lambda t, y, args: velocity(args, y))
+    control = diffrax.PIDController(rtol=RTOL, atol=1e-3 * RTOL)
+
+    def one(flow, theory, start):
+        solution = diffrax.diffeqsolve(
+            terms,
+            diffrax.Tsit5(),
+            0.0,
+            FOREVER,
+            None,
+            start,
+            flow,
+            stepsize_controller=control,
+            event=diffrax.Event(lambda t, y, args, **_: event(flow, theory, y)),
+            max_steps=MOST_STEPS,
+            throw=False,
+        )
+        end = jax.tree.map(lambda leaf: leaf[0], solution.ys)
+        return theory.certificate(end), flow.energy(end), solution.stats["num_steps"]
+
+    batched = jax.vmap(one, in_axes=(None, None, 0))
+    arguments = flow, theory, problem.starts(lanes)
+    program, seconds = timing.compiled(batched, *arguments)
+    return timing.Candidate(lambda: program(*arguments), seconds)
+
+
+def diffrax_ends(result) -> Ends:
+    certified, energies, steps = (np.asarray(part) for part in result)
+    # Six velocities a step and one for the event.
+    idle = 1 - steps.mean() / steps.max()
+    return Ends(certified, energies, 7 * steps.mean(), float(idle))
+
+
+def small(flow, theory, point):
+    return flow.speed(point) <= GRADIENT
+
+
+def certain(flow, theory, point):
+    return theory.certificate(point)
+
+
+def fast(flow, point):
+    return flow.velocity(point)
+
+
+def naive(flow, point):
+    moments = flow.energy.moments
+
+    def loss(point):
+        product = point.matrix()
+        return (
+            0.5 * jnp.sum((product @ moments.xx) * product)
+            - jnp.sum(product * moments.xy.T)
+            + 0.5 * jnp.trace(moments.yy)
+        )
+
+    return jax.tree.map(jnp.negative, jax.grad(loss)(point))
+
+
+def by_gradflow(problem: Problem, lanes: int, **settings: Any) -> timing.Candidate:
+    """An ensemble with refill."""
+    integrator = gf.Integrator(problem.flow, max_steps=MOST_STEPS, **settings)
+    resident = min(problem.workload.resident, lanes)
+
+    def call():
+        return list(descend(integrator, problem.start, problem.key, lanes, resident))
+
+    began = timing.time.perf_counter()
+    call()
+    first = timing.time.perf_counter() - began
+    began = timing.time.perf_counter()
+    call()
+    return timing.Candidate(call, first - (timing.time.perf_counter() - began))
+
+
+def gradflow_ends(problem: Problem, result) -> Ends:
+    solutions = [solution for solution, _ in result]
+    energies = np.concatenate([solution.energy for solution in solutions])
+    used = sum(steps["used"] for _, steps in result)
+    every = sum(steps["all"] for _, steps in result)
+    certified = np.asarray(problem.theory.certificate.holds(jnp.asarray(energies)))
+    # Two for the first step; the last of a step is the first of the next.
+    velocities = 2 + 6 * used / len(energies)
+    return Ends(certified, energies, velocities, 1 - used / every)
+
+
+def error_at(problem: Problem, rtol: float, lanes: int = 4) -> float:
+    """Of the product at a time when about half is learned."""
+    horizon = 20.0
+    never = EnergyBelow(
+        problem.flow.energy, jnp.asarray(-jnp.inf), jnp.zeros(()), jnp.zeros(())
+    )
+    integrator = gf.Integrator(
+        problem.flow, horizon=horizon, rtol=rtol, tolerance=1e3 * rtol, stop=never
+    )
+    ((solution, _),) = descend(integrator, problem.start, problem.key, lanes, lanes)
+    found = jax.vmap(lambda point: point.matrix())(solution.point)
+
+    def exact(start):
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: problem.flow.velocity(y)),
+            diffrax.Dopri8(),
+            0.0,
+            horizon,
+            None,
+            start,
+            stepsize_controller=diffrax.PIDController(
+                rtol=REFERENCE_RTOL, atol=1e-3 * REFERENCE_RTOL
+            ),
+            max_steps=MOST_STEPS,
+        )
+        return jax.tree.map(lambda leaf: leaf[0], solution.ys).matrix()
+
+    expected = jax.jit(jax.vmap(exact))(problem.starts(lanes))
+    errors = jnp.linalg.norm(found - expected, axis=(1, 2))
+    return float(jnp.max(errors / jnp.linalg.norm(expected, axis=(1, 2))))
+
+
+def candidates(problem: Problem, naively: bool) -> dict[str, Any]:
+    """What is compared, and how to read its result; the first one is the baseline."""
+    lanes = problem.workload.lanes
+    few = problem.workload.few or lanes
+    ours = lambda result: gradflow_ends(problem, result)
+    gradient = {"rtol": RTOL, "tolerance": GRADIENT}
+    stop = problem.theory.certificate
+    made: dict[str, tuple[int, Callable[[], timing.Candidate], Any]] = {
+        "diffrax, our velocity, gradient": (
+            few,
+            lambda: by_diffrax(problem, few, fast, small),
+            diffrax_ends,
+        ),
+        "diffrax, autodiff, gradient": (
+            few,
+            lambda: by_diffrax(problem, few, naive, small),
+            diffrax_ends,
+        ),
+        "diffrax, our velocity, certificate": (
+            few,
+            lambda: by_diffrax(problem, few, fast, certain),
+            diffrax_ends,
+        ),
+        "gradflow, gradient": (
+            lanes,
+            lambda: by_gradflow(problem, lanes, **gradient),
+            ours,
+        ),
+        "gradflow, verdicts": (
+            lanes,
+            lambda: by_gradflow(
+                problem, lanes, rtol=VERDICT_RTOL, tolerance=1e-1, stop=stop
+            ),
+            ours,
+        ),
+    }
+    if not naively:
+        del made["diffrax, autodiff, gradient"]
+    return made
+
+
+def bench(workload: Workload, repeats: int, naively: bool) -> list[dict[str, Any]]:
+    problem = draw(workload)
+    made = candidates(problem, naively)
+    ready = {name: make() for name, (_, make, _) in made.items()}
+    timings = timing.interleave(ready, repeats=repeats)
+    rows = []
+    for name, (lanes, _, read) in made.items():
+        ends = read(timings[name].result)
+        per_lane = timings[name].median / lanes
+        base = next(iter(rows), None)
+        per_base = per_lane if base is None else base["us per lane"] / 1e6
+        ours = name.startswith("gradflow")
+        rtol = VERDICT_RTOL if "verdict" in name else RTOL
+        rows.append(
+            {
+                "workload": f"{workload.name} {'-'.join(map(str, workload.widths))}",
+                "what": name,
+                "lanes": lanes,
+                "us per lane": 1e6 * per_lane,
+                "spread": timings[name].spread,
+                "speed over baseline": per_base / per_lane,
+                "velocities": ends.velocities,
+                "idle": ends.idle,
+                "certified": int(ends.certified.sum()),
+                "error of W": error_at(problem, rtol) if ours else None,
+                "compile s": ready[name].compile,
+                "samples s": timings[name].samples,
+            }
+        )
+    return rows
+
+
+def failures(rows: list[dict[str, Any]]) -> list[str]:
+    """One sentence for each thing that is wrong."""
+    found = []
+    for row in rows:
+        error = row["error of W"]
+        allowed = 100 * ALLOWED if "verdict" in row["what"] else ALLOWED
+        if error is not None and not error <= allowed:
+            found.append(
+                f"{row['what']} on {row['workload']}: error of W {error:.2g} is above "
+                f"{allowed:.2g}"
+            )
+        if row["what"] == "gradflow, verdicts" and row["certified"] < row["lanes"]:
+            found.append(
+                f"{row['what']} on {row['workload']}: {row['certified']} of "
+                f"{row['lanes']} lanes certified"
+            )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=TITLE)
+    parser.add_argument("--smoke", action="store_true", help="tiny, a few seconds")
+    parser.add_argument("--only", nargs="+", help="names of workloads, such as A B")
+    parser.add_argument("--lanes", type=_count, help="instead of each workload's own")
+    parser.add_argument("--resident", type=_count, help="lanes at once in an ensemble")
+    parser.add_argument("--repeats", type=_count, help="samples of each (default 5)")
+    parser.add_argument("--fast", action="store_true", help="without autodiff")
+    parser.add_argument("--out", type=Path, help="folder for ensemble.json and .md")
+    given = parser.parse_args(arguments)
+    jax.config.update("jax_enable_x64", True)
+    repeats = given.repeats or (2 if given.smoke else 5)
+    rows = []
+    for workload in SMOKE if given.smoke else FULL:
+        if given.only is not None and workload.name not in given.only:
+            continue
+        for name in ("lanes", "resident"):
+            if getattr(given, name) is not None:
+                workload = dataclasses.replace(workload, **{name: getattr(given, name)})
+        more = bench(workload, repeats, not given.fast)
+        for row in more:
+            print(timing.table([row]).splitlines()[-1], flush=True)
+        rows += more
+    setting = {**timing.machine("float64"), "repeats": repeats}
+    print(f"\n{timing.text(rows, setting)}")
+    if given.out is not None:
+        timing.write(given.out, "ensemble", rows, setting)
+    for failure in failures(rows):
+        print(failure, file=sys.stderr)
+    return 1 if failures(rows) else 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

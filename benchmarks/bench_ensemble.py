@@ -52,7 +52,8 @@ MOST_STEPS = 2**17
 class Workload:
     """`scale` times N(0, 1/d_j) starts. `lanes` runs, `resident` of them at once in an
     ensemble; `condition`: supervised by a teacher of rank 5, with inputs of this
-    condition number. The baselines that take too long run `few` lanes."""
+    condition number. All but verdicts run `few` lanes where more would take too
+    long."""
 
     name: str
     widths: tuple[int, ...]
@@ -66,7 +67,7 @@ class Workload:
 FULL = (
     Workload("A", (20, 2, 11, 20), 1024, 64, few=48),
     Workload("B", (5, 2, 5), 4096, 128),
-    Workload("C", (200, 20, 65, 110, 155, 200), 16, 16),
+    Workload("C", (200, 20, 65, 110, 155, 200), 16, 16, few=2),
     Workload("E", (10, 2, 6, 10), 1024, 64, scale=0.02),
 )
 SMOKE = (
@@ -290,8 +291,8 @@ def candidates(problem: Problem, naively: bool) -> dict[str, Any]:
             diffrax_ends,
         ),
         "gradflow, gradient": (
-            lanes,
-            lambda: by_gradflow(problem, lanes, **gradient),
+            few,
+            lambda: by_gradflow(problem, few, **gradient),
             ours,
         ),
         "gradflow, verdicts": (

@@ -220,8 +220,13 @@ def keep_compiled() -> dict[str, str]:
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     flags = next((line for line in lines if line.startswith("flags")), "")
     kind = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
+    folder = Path(root, "gradflow", "compiled", kind)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a machine without a home for it is no error
+        return {}
     return {
-        "JAX_COMPILATION_CACHE_DIR": str(Path(root, "gradflow", "compiled", kind)),
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 

@@ -13,7 +13,7 @@ import jax.random as jr
 import numpy as np
 from tqdm import tqdm
 
-from .descent import RESULTS, Solution
+from .descent import Solution
 from .ensemble import descend
 from .solve import Integrator
 from .types import Key, P
@@ -26,10 +26,8 @@ class Study(eqx.Module, Generic[P, F]):
     """Three functions composed over many draws.
 
     - `initialize`: from a key to a point.
-    - `descend`: from a point to a `Solution` (a flow, EM, your own loop). Or several of
-      them: each goes on with the draws for which the one before it ran out of steps,
-      gathered together, so that few slow draws do not hold up a whole batch. Times and
-      steps add up; a horizon counts from where each begins.
+    - `descend`: from a point to a `Solution`: an `Integrator`, whose lanes begin anew
+      as they end, or any function (EM, your own loop), which is vmapped.
     - `inspect`: from that solution to a finding, e.g. `classify`.
     - `draws`: how many. `batch`: how many are run at once; it bounds memory and does
       not change what draw i is.
@@ -39,7 +37,7 @@ class Study(eqx.Module, Generic[P, F]):
     """
 
     initialize: Callable[[Key], P]
-    descend: Callable[[P], Solution[P]] | tuple[Callable[[P], Solution[P]], ...]
+    descend: Callable[[P], Solution[P]]
     inspect: Callable[[Solution[P]], F]
     draws: int = eqx.field(static=True)
     batch: int = eqx.field(static=True, default=64)
@@ -51,18 +49,13 @@ class Study(eqx.Module, Generic[P, F]):
                 raise ValueError(f"{name} must be a whole number, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
-        if isinstance(self.descend, tuple) and not self.descend:
-            raise ValueError("descend is empty: give at least one function of a point")
         takes = {"initialize": "a key", "descend": "a point", "inspect": "a solution"}
         for name, of in takes.items():
             value = getattr(self, name)
-            stages = isinstance(value, tuple) and name == "descend"
-            for function in value if stages else (value,):
-                if not callable(function):
-                    raise ValueError(
-                        f"{name} must be a function of {of}, got "
-                        f"{type(function).__name__}"
-                    )
+            if not callable(value):
+                raise ValueError(
+                    f"{name} must be a function of {of}, got {type(value).__name__}"
+                )
 
 
 class Outcome(eqx.Module, Generic[P, F]):
@@ -162,11 +155,6 @@ def _check_key(key):
 def _descend_all(study, key, seconds, bar):
     if isinstance(study.descend, Integrator):
         return _descend_refilled(study, key, seconds, bar)
-    stages = study.descend if isinstance(study.descend, tuple) else (study.descend,)
-
-    def count(solution):
-        bar.update(int(np.sum(solution.result != RESULTS.max_steps_reached)))
-
     points = _in_batches(
         partial(_initialize, study.initialize, key),
         np.arange(study.draws),
@@ -174,33 +162,13 @@ def _descend_all(study, key, seconds, bar):
         seconds,
         lambda points: None,
     )
-    solution = _in_batches(partial(_descend, stages[0]), points, study, seconds, count)
-    for later in stages[1:]:
-        left = np.flatnonzero(solution.result == RESULTS.max_steps_reached)
-        if left.size == 0:
-            break
-        before = jax.tree.map(lambda leaf: leaf[left], solution)  # noqa: B023
-        after = _in_batches(
-            partial(_descend, later), before.point, study, seconds, count
-        )
-        after = eqx.tree_at(
-            lambda s: (s.time, s.distance),
-            after,
-            (before.time + after.time, before.distance + after.distance),
-        )
-        if after.broken is not None and before.broken is not None:
-            for name, moment in after.broken.items():
-                later = before.time + moment
-                after.broken[name] = np.minimum(before.broken[name], later)
-        for name in ("steps", "rejected"):
-            if name in after.stats:
-                after.stats[name] = before.stats[name] + after.stats[name]
-        for old, new in zip(
-            jax.tree.leaves(solution), jax.tree.leaves(after), strict=True
-        ):
-            old[left] = new
-    bar.update(bar.total - bar.n)
-    return solution
+    return _in_batches(
+        partial(_descend, study.descend),
+        points,
+        study,
+        seconds,
+        lambda solution: bar.update(len(solution.time)),
+    )
 
 
 def _descend_refilled(study, key, seconds, bar):

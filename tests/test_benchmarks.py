@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 def module(monkeypatch):
     """Imports a file of `benchmarks/` as a script there would."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("timing", "bench_velocity", "bench_fixed_rank")
+    names = ("timing", "bench_velocity", "bench_fixed_rank", "bench_ensemble")
     yield importlib.import_module
     for name in names:
         sys.modules.pop(name, None)
@@ -126,3 +126,31 @@ def test_samples_are_interleaved(module, monkeypatch):
         assert found.spread >= 0
     with pytest.raises(ValueError, match="repeats must be >= 1"):
         timing.interleave({}, repeats=0)
+
+
+@pytest.mark.slow  # continuous integration runs it
+def test_ensemble_smoke(tmp_path):
+    script = FOLDER / "bench_ensemble.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--smoke", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "ensemble.json").read_text())["rows"]
+    assert len(rows) == 2 * 5 and {row["workload"][0] for row in rows} == {"A", "B"}
+    for row in rows:
+        assert row["us per lane"] > 0 and 0 <= row["idle"] < 1
+        assert row["certified"] == row["lanes"] == 8
+    assert (tmp_path / "ensemble.md").read_text() in done.stdout
+
+
+def test_wrong_ensembles_fail(module):
+    bench = module("bench_ensemble")
+    row = {"what": "gradflow, verdicts", "workload": "w", "lanes": 3, "certified": 3}
+    assert not bench.failures([{**row, "error of W": 1e-3}])
+    assert bench.failures([{**row, "error of W": float("nan")}])
+    (text,) = bench.failures([{**row, "error of W": 0.0, "certified": 2}])
+    assert text == "gradflow, verdicts on w: 2 of 3 lanes certified"
+    accurate = {**row, "what": "gradflow, gradient"}
+    assert bench.failures([{**accurate, "error of W": 1e-3}])

@@ -38,27 +38,22 @@ def _sign(solution):
     return jnp.sign(solution.point)
 
 
-def _network_study(
-    draws, batch, *, max_steps=(400,), initialize=None, verdict=True, tolerance=1e-3
-):
+def _network_study(draws, batch, *, initialize=None, verdict=True, tolerance=1e-3):
     theory = LinearTheory(SquaredLoss(gaussian(jr.key(7), 3, 9)), 1)
     flow = GradientFlow(theory.energy)
-    descents = tuple(
-        eqx.Partial(
-            integrate,
-            flow,
-            stop=theory.certificate,
-            tolerance=tolerance,
-            max_steps=jnp.asarray(steps),
-            throw=False,
-        )
-        for steps in max_steps
+    descend = eqx.Partial(
+        integrate,
+        flow,
+        stop=theory.certificate,
+        tolerance=tolerance,
+        max_steps=jnp.asarray(400),
+        throw=False,
     )
     start = GaussianInit((3, 1, 3), jnp.asarray(0.3))
     # The verdict takes longer to compile than all else.
     certify = eqx.Partial(_certify, theory)
     inspect = eqx.Partial(classify, flow, theory) if verdict else certify
-    return Study(initialize or start, descents, inspect, draws=draws, batch=batch)
+    return Study(initialize or start, descend, inspect, draws=draws, batch=batch)
 
 
 def _halve(point, max_steps=100):
@@ -128,10 +123,9 @@ def _assert_same_runs(one, other):
 
 def test_draw_alone_is_draw_in_company(outcome_by_eight):
     study = _network_study(10, 8)
-    assert isinstance(study.descend, tuple)
     for draw in (0, 7, 9):
         point = study.initialize(jr.fold_in(jr.key(5), draw))
-        alone = eqx.filter_jit(study.descend[0])(point)
+        alone = eqx.filter_jit(study.descend)(point)
         _assert_same_runs(alone, _of(outcome_by_eight.solution, draw))
 
 
@@ -194,10 +188,7 @@ def test_compilations_do_not_grow_with_batches():
 
         return Study(
             counted("initialize", jr.normal),
-            (
-                counted("descend", lambda point: _halve(point, 5)),
-                counted("again", lambda point: _halve(point, 100)),
-            ),
+            counted("descend", _halve),
             counted("inspect", _sign),
             draws=draws,
             batch=4,
@@ -205,9 +196,9 @@ def test_compilations_do_not_grow_with_batches():
 
     run_study(study(4), jr.key(0))
     one_batch = sorted(traces)
-    assert set(one_batch) == {"initialize", "descend", "again", "inspect"}
+    assert set(one_batch) == {"initialize", "descend", "inspect"}
     traces.clear()
-    # 13 batches, the last of them short; and the draws left over fill 12.
+    # 13 batches, the last of them short.
     run_study(study(49), jr.key(0))
     assert sorted(traces) == one_batch
 
@@ -223,52 +214,6 @@ def test_progress_is_shown_when_asked(capsys):
     assert "6/6" in capsys.readouterr().err
     run_study(_loop_study(6), jr.key(0), progress=False)
     assert capsys.readouterr().err == ""
-
-
-# ---- stages
-
-
-def test_stages_go_on_with_the_draws_that_ran_out_of_steps():
-    first = run_study(
-        _network_study(10, 4, max_steps=(9,), verdict=False), jr.key(5)
-    ).solution
-    left = first.result == RESULTS.max_steps_reached
-    assert 2 <= left.sum() <= 8
-    both = run_study(
-        _network_study(10, 4, max_steps=(9, 400), verdict=False), jr.key(5)
-    ).solution
-    # Those that were done are untouched.
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(both), strict=True):
-        np.testing.assert_array_equal(a[~left], b[~left])
-    assert np.all(both.result == RESULTS.rule_met)
-    # The others go on from where they were; times and steps add up.
-    descend = _network_study(10, 4, max_steps=(9, 400), verdict=False).descend
-    assert isinstance(descend, tuple)
-    go_on = eqx.filter_jit(descend[1])
-    for draw in np.flatnonzero(left):
-        before = _of(first, draw)
-        rest = go_on(jax.tree.map(jnp.asarray, before.point))
-        rest = eqx.tree_at(
-            lambda s: (s.time, s.distance),
-            rest,
-            (before.time + rest.time, before.distance + rest.distance),
-        )
-        for name in ("steps", "rejected"):
-            rest.stats[name] += before.stats[name]
-        _assert_same_runs(rest, _of(both, draw))
-
-
-def test_the_last_stage_may_run_out_too():
-    stages = tuple(lambda point, n=n: _halve(point, n) for n in (2, 3, 8))
-    outcome = run_study(_loop_study(20, descend=stages), jr.key(0))
-    needed = run_study(_loop_study(20), jr.key(0)).solution.time
-    assert needed.min() < 13 < needed.max()
-    np.testing.assert_array_equal(outcome.solution.time, np.minimum(needed, 13))
-    np.testing.assert_array_equal(
-        outcome.solution.stats["steps"], outcome.solution.time
-    )
-    exhausted = outcome.solution.result == RESULTS.max_steps_reached
-    np.testing.assert_array_equal(exhausted, needed > 13)
 
 
 # ---- draws that fail

@@ -259,7 +259,9 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=TITLE)
     parser.add_argument("--smoke", action="store_true", help="tiny, a few seconds")
-    parser.add_argument("--repeats", type=_count, help="samples of each (default 5)")
+    parser.add_argument(
+        "--repeats", type=timing.count, help="samples of each (default 5)"
+    )
     parser.add_argument("--out", type=Path, help="folder for fixed_rank.json and .md")
     given = parser.parse_args(arguments)
     jax.config.update("jax_enable_x64", True)
@@ -275,12 +277,6 @@ def main(arguments: list[str] | None = None) -> int:
     for failure in failures(rows):
         print(failure, file=sys.stderr)
     return 1 if failures(rows) else 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -282,8 +282,12 @@ def _rows(problem, candidates, timings, lanes, errors) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=TITLE)
     parser.add_argument("--smoke", action="store_true", help="tiny, a few seconds")
-    parser.add_argument("--lanes", type=_count, help="instead of each workload's own")
-    parser.add_argument("--repeats", type=_count, help="samples of each (default 5)")
+    parser.add_argument(
+        "--lanes", type=timing.count, help="instead of each workload's own"
+    )
+    parser.add_argument(
+        "--repeats", type=timing.count, help="samples of each (default 5)"
+    )
     parser.add_argument("--dtype", choices=list(AGREE), default="float64")
     parser.add_argument("--out", type=Path, help="folder for velocity.json and .md")
     given = parser.parse_args(arguments)
@@ -312,12 +316,6 @@ def main(arguments: list[str] | None = None) -> int:
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
-    return int(text)
 
 
 if __name__ == "__main__":

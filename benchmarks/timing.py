@@ -5,6 +5,7 @@ all of them down. What is compared are medians of one run, as ratios to a named
 baseline; seconds of different runs are not comparable.
 """
 
+import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -40,6 +41,21 @@ def compiled(
     began = time.perf_counter()
     program = jax.jit(function).lower(*arguments).compile()
     return program, time.perf_counter() - began
+
+
+def warmed(call: Callable[[], Any]) -> Candidate:
+    """A call that compiles what it needs when it is first made; that took the first
+    call's seconds less the second's."""
+    first, _ = _timed(call, 1)
+    second, _ = _timed(call, 1)
+    return Candidate(call, first - second)
+
+
+def count(text: str) -> int:
+    """A whole number >= 1 from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
+    return int(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +110,11 @@ def _timed(call: Callable[[], Any], calls: int) -> tuple[float, Any]:
 
 def machine(dtype: str) -> dict[str, Any]:
     """What the numbers depend on: device, dtype, versions, cores."""
-    count = getattr(os, "sched_getaffinity", None)
+    affinity = getattr(os, "sched_getaffinity", None)
     return {
         **environment(dtype, jax.devices()[0]),
         "scipy": importlib.metadata.version("scipy"),
-        "cores": len(count(0)) if count else os.cpu_count(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
     }
 
 

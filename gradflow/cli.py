@@ -100,9 +100,6 @@ def main(arguments: list[str] | None = None) -> None:
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
-    if "jax" not in sys.modules:
-        for name, value in keep_compiled().items():
-            os.environ.setdefault(name, value)
     try:
         code = _dispatch(tokens)
     except KeyboardInterrupt:
@@ -298,6 +295,9 @@ def _draw(report: Any, folder: Path) -> list[Path]:
 
 
 def _experiment(name: str) -> Any:
+    if "jax" not in sys.modules:
+        for variable, value in keep_compiled().items():
+            os.environ.setdefault(variable, value)
     return importlib.import_module(f"gradflow.experiments.{name}")
 
 

@@ -49,6 +49,10 @@ CASES = {
         ),
         "got LowRank of rank 2",
     ),
+    "certificate of another rank": (
+        lambda: LowRankTheory(ENERGY, 3, 2).certificate(TWO),
+        "got LowRank of rank 2",
+    ),
 }
 
 

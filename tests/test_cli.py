@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gradflow import Report
-from gradflow.cli import main
+from gradflow.cli import compile_fast, keep_compiled, main
 from gradflow.experiments import convergence, NAMES, saddle_avoidance
 
 
@@ -342,3 +342,36 @@ def test_interrupt(folder):
         process.communicate()
     assert error == "stopped; nothing of this run was written\n"
     assert list(folder.iterdir()) == []
+
+
+# ---- compilation
+
+
+def test_compiled_programs_are_kept(folder, monkeypatch):
+    """By the names of settings that jax itself reads."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    settings = keep_compiled()
+    program = "import jax; jax.jit(lambda x: x + 1)(1.0)"
+    environment = {**os.environ, **settings}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    kept = Path(settings["JAX_COMPILATION_CACHE_DIR"])
+    assert kept.is_relative_to(folder) and list(kept.iterdir())
+
+
+def test_no_folder_to_keep_them_in_is_no_error(folder, monkeypatch):
+    (folder / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
+    assert keep_compiled() == {}
+
+
+@pytest.mark.parametrize("version", ["0.9.2", "0.12.0.1"])
+def test_no_flag_that_another_jax_would_not_know(version, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    assert compile_fast() == {}
+
+
+def test_flags_of_the_user_stay(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.10.2")
+    monkeypatch.setenv("XLA_FLAGS", "--mine=1")
+    flags = compile_fast()["XLA_FLAGS"].split()
+    assert flags == ["--mine=1", "--xla_cpu_use_fusion_emitters=false"]

@@ -15,14 +15,13 @@ start of the wrong sign cannot end at the minimum.
 Corollary 17. *Erratum:* Conjecture 41 (b) and (c) are false as printed, by the sign.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..models.base import EnergyBelow
 from ..models.linear import SquaredLoss
 from ..models.low_rank import LowRank
 from ..types import Scalar
@@ -68,8 +67,11 @@ class LowRankTheory(AbstractTheory[LowRank]):
         return self.linear.active(point)
 
     @property
-    def certificate(self) -> EnergyBelow[Any]:
-        return self.linear.certificate
+    def certificate(self) -> Callable[[LowRank], Bool[Array, ""]]:
+        return self._certified
+
+    def _certified(self, point: LowRank) -> Bool[Array, ""]:
+        return self.linear.certificate(self._checked(point))
 
     def match(self, point: LowRank) -> Match:
         return self.linear.match(self._checked(point).balanced(self.depth))

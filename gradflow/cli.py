@@ -13,6 +13,7 @@ import platform
 import sys
 import threading
 import tomllib
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -298,6 +299,9 @@ def _experiment(name: str) -> Any:
     if "jax" not in sys.modules:
         for variable, value in keep_compiled().items():
             os.environ.setdefault(variable, value)
+        # jax says so of the half of a file that another process is writing, or was
+        # when it was killed; it compiles again.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
     return importlib.import_module(f"gradflow.experiments.{name}")
 
 

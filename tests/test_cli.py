@@ -347,6 +347,26 @@ def test_interrupt(folder):
 # ---- compilation
 
 
+def test_half_a_compiled_program_is_compiled_again(folder):
+    code = (
+        "from gradflow.cli import _experiment\n"
+        "_experiment('convergence')\n"
+        "import jax\n"
+        "print(jax.jit(lambda x: x / 8)(1.0))"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert (done.stdout, done.stderr) == ("0.125\n", "")
+        programs = list(folder.rglob("*-cache"))
+        assert programs
+        for program in programs:
+            program.write_bytes(program.read_bytes()[:-10])
+
+
 def test_compiled_programs_are_kept(folder, monkeypatch):
     """By the names of settings that jax itself reads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))

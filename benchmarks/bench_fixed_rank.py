@@ -33,7 +33,7 @@ import numpy as np
 import timing
 
 import gradflow as gf
-from gradflow.lanes import lanes_of, LinearLanes
+from gradflow.layout import Columns, layout_of
 from gradflow.spectrum import psd_power
 
 
@@ -111,13 +111,13 @@ def draw(workload: Workload) -> Problem:
     return Problem(workload, points, flows, workload.horizon * samples)
 
 
-def columns_of(problem: Problem) -> LinearLanes:
+def columns_of(problem: Problem) -> Columns:
     """The layout of an ensemble of the balanced factors."""
     like = jax.tree.map(lambda leaf: leaf[0], problem.points[BALANCED])
     (descent,) = gf.Integrator(problem.flows[BALANCED]).descents(like)
-    lanes = lanes_of(descent, like)
-    assert isinstance(lanes, LinearLanes)
-    return lanes
+    layout = layout_of(descent, like)
+    assert isinstance(layout, Columns)
+    return layout
 
 
 def velocity(problem: Problem, name: str) -> timing.Candidate:
@@ -137,9 +137,9 @@ def velocity(problem: Problem, name: str) -> timing.Candidate:
         return gf.models.LinearMap(-total)
 
     if name == STEPPED:
-        lanes = columns_of(problem)
-        arrays, static = eqx.partition(lanes, eqx.is_array)
-        arguments = arrays, lanes.columns(problem.points[BALANCED])
+        layout = columns_of(problem)
+        arrays, static = eqx.partition(layout, eqx.is_array)
+        arguments = arrays, layout.inside(problem.points[BALANCED])
         function = lambda arrays, columns: eqx.combine(arrays, static).velocity(columns)
         program, seconds = timing.compiled(function, *arguments)
         return timing.Candidate(lambda: program(*arguments), seconds)
@@ -195,7 +195,7 @@ def bench_velocities(problem: Problem, repeats: int) -> list[dict[str, Any]]:
         lambda point, move: jax.jvp(lambda p: p.matrix(), (point,), (move,))[1]
     )
     moves = {n: product(problem.points[n], timings[n].result) for n in problem.points}
-    stepped = columns_of(problem).points(timings[STEPPED].result, 1)
+    stepped = columns_of(problem).outside(timings[STEPPED].result, 1)
     moves[STEPPED] = product(problem.points[BALANCED], stepped)
     errors = {name: difference(moves[name], moves[FACTORED]) for name in candidates}
     lanes = dict.fromkeys(candidates, problem.workload.lanes)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from .descent import Solution
 from .flow import AbstractFlow
+from .solution import Solution
 from .theory.base import AbstractTheory
 from .types import names_of, P, Scalar
 

@@ -21,58 +21,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .flow import AbstractFlow
+from .solution import RESULTS, Solution, SUCCESSFUL
+from .solvers.chebyshev import RKC2
 from .solvers.step_control import NormwiseStepSize, root_mean_square
+from .solvers.stiffness import ahead, CRAWLING
 from .types import P, Scalar
 
 
 # Below this fraction of the first step the solution is taken to blow up.
 VANISHED = 1e-12
-
-
-class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
-    """How a run ended. It says nothing about what kind of place that is."""
-
-    rule_met = "The stopping rule was met."
-    horizon_reached = (
-        "The horizon was reached before the run came to rest; raise `horizon`."
-    )
-    step_size_vanished = (
-        "The step size fell to nothing: the solution may blow up in finite time."
-    )
-    not_finite = (
-        "The starting point or its velocity is not finite; start nearer to 0 or "
-        "rescale the data."
-    )
-
-
-# Inherited, which type checkers take to be of the parent's type.
-SUCCESSFUL = cast(RESULTS, RESULTS.successful)
-
-
-class Solution(eqx.Module, Generic[P]):
-    """What a descent returns.
-
-    - `point`, `energy`, `speed`, `time`: where the run ended, $E$ and the speed there,
-      and when. Times are flow time (for loss divided by the number of samples).
-    - `distance`: how far the end is from the start, relative to its size. A run that
-      moved to within rounding of a saddle is not at it.
-    - `times`, `history`: the observations asked for, or `None`.
-    - `result`: a `RESULTS` member.
-    - `stats`: `steps` accepted, `rejected` steps, and `rtol`.
-    - `broken`: when the run first broke each invariant of the exact flow (infinite:
-      never); `None` if no audit was asked for. From then on it rests on rounding.
-    """
-
-    point: P
-    energy: Scalar
-    speed: Scalar
-    time: Scalar
-    distance: Scalar
-    times: Float[Array, " times"] | None
-    history: dict[str, PyTree[Array]] | None
-    result: RESULTS
-    stats: dict[str, Any]
-    broken: dict[str, Scalar] | None = None
 
 
 class State(eqx.Module, Generic[P]):
@@ -84,6 +41,8 @@ class State(eqx.Module, Generic[P]):
     first_step_size: Float[Array, "*lanes"]
     steps: Int[Array, "*lanes"]
     rejected: Int[Array, "*lanes"]
+    velocities: Int[Array, "*lanes"] | None  # None where the solver does not tell
+    crawled: Int[Array, "*lanes"] | None  # steps at the limit of stability
     finished: Bool[Array, "*lanes"]
     waiting: Bool[Array, "*lanes"]  # for a solver before it, in a relay of several
     result: RESULTS
@@ -91,6 +50,11 @@ class State(eqx.Module, Generic[P]):
     control_state: PyTree
     broken: dict[str, Float[Array, "*lanes"]]
     start: P | None  # what an audit compares with
+
+
+def handed_over(result: RESULTS) -> Bool[Array, "*lanes"]:
+    """Whether a run ended for another method to go on."""
+    return (result == RESULTS.max_steps_reached) | (result == RESULTS.stiff)
 
 
 class End(eqx.Module, Generic[P]):
@@ -101,6 +65,7 @@ class End(eqx.Module, Generic[P]):
     time: Float[Array, "*draws"]
     steps: Int[Array, "*draws"]
     rejected: Int[Array, "*draws"]
+    velocities: Int[Array, "*draws"] | None
     result: RESULTS
     broken: dict[str, Float[Array, "*draws"]]
     start: P | None
@@ -113,6 +78,8 @@ class Descent(eqx.Module, Generic[P]):
       ends as `successful` at a speed of at most `tolerance`.
     - `audit`: from a start, makes a function that tells of a later point which
       invariants of the exact flow it breaks.
+    - `patience`: end as `stiff` after so many steps at the limit of stability, for
+      another descent to take over.
     """
 
     flow: AbstractFlow[P]
@@ -122,6 +89,7 @@ class Descent(eqx.Module, Generic[P]):
     stop: Callable[[P], Bool[Array, ""]] | None
     max_steps: Int[Array, ""]
     audit: Callable[[P], Callable[[P], dict[str, Bool[Array, ""]]]] | None = None
+    patience: int | None = eqx.field(static=True, default=None)
 
     def init(self, point: P, time: Scalar) -> State[P]:
         """A run that starts at `point`."""
@@ -146,6 +114,9 @@ class Descent(eqx.Module, Generic[P]):
             first,
             steps=jnp.zeros((), dtype=int),
             rejected=jnp.zeros((), dtype=int),
+            # Two for the first step size.
+            velocities=None if self._spent(solver_state) is None else jnp.asarray(2),
+            crawled=None if self.patience is None else jnp.asarray(0),
             finished=jnp.array(False),
             waiting=jnp.array(False),
             result=SUCCESSFUL,
@@ -156,7 +127,7 @@ class Descent(eqx.Module, Generic[P]):
         )
         velocity = self.flow.velocity(point)
         finite = _all_finite(point) & _all_finite(velocity)
-        met, met_result = self._at_rest(point)
+        met, met_result = self.at_rest(point)
         result = RESULTS.where(met, met_result, SUCCESSFUL)
         result = RESULTS.where(finite, result, RESULTS.not_finite)
         state = eqx.tree_at(
@@ -183,7 +154,7 @@ class Descent(eqx.Module, Generic[P]):
         size, landing = self.next_step(state, horizon)
         zero = jnp.zeros_like(size)
         terms = self._terms()
-        candidate, error, _, solver_state, solver_result = self.solver.step(
+        candidate, error, dense, solver_state, solver_result = self.solver.step(
             terms, zero, size, state.point, None, state.solver_state, made_jump=False
         )
         norms = [root_mean_square(tree) for tree in (state.point, candidate, error)]
@@ -193,13 +164,28 @@ class Descent(eqx.Module, Generic[P]):
         select = lambda new, old: jnp.where(keep, new, old)
         point = jax.tree.map(select, candidate, state.point)
         own_result = cast(RESULTS, RESULTS.promote(solver_result))
+        spent = self._spent(solver_state)
+        velocities = None if spent is None else cast(Any, state.velocities) + spent
+        crawled = None
+        if self.patience is not None:
+            crawled = cast(Any, state.crawled) + jnp.where(
+                keep & self._crawls(dense["k"]), 1, 0
+            )
         state = eqx.tree_at(
-            lambda s: (s.point, s.solver_state, s.control_state),
+            lambda s: (
+                s.point,
+                s.solver_state,
+                s.control_state,
+                s.velocities,
+                s.crawled,
+            ),
             state,
             (
                 point,
                 jax.tree.map(select, solver_state, state.solver_state),
                 control_state,
+                velocities,
+                crawled,
             ),
             is_leaf=lambda x: x is None,
         )
@@ -211,7 +197,7 @@ class Descent(eqx.Module, Generic[P]):
             keep,
             next_size,
             own_result,
-            self._at_rest(point),
+            self.at_rest(point),
         )
         broken = self._broken(state.start, point, state.time, state.broken)
         return eqx.tree_at(lambda s: s.broken, state, broken)
@@ -265,6 +251,11 @@ class Descent(eqx.Module, Generic[P]):
         failed = keep & (failure != SUCCESSFUL)
         result = RESULTS.where(failed, failure, SUCCESSFUL)
         finished = jnp.asarray(failed)
+        if self.patience is not None:
+            result = RESULTS.where(
+                state.crawled >= self.patience, cast(RESULTS, RESULTS.stiff), result
+            )
+            finished = finished | (state.crawled >= self.patience)
         for condition, member in (
             (vanished, RESULTS.step_size_vanished),
             (exhausted, RESULTS.max_steps_reached),
@@ -282,6 +273,27 @@ class Descent(eqx.Module, Generic[P]):
     def error_order(self):
         """The order of the solver's error estimate."""
         return self.solver.error_order(self._terms())
+
+    def _crawls(self, increments):
+        """Whether a step was at the limit of stability."""
+        factors = ahead(self.solver)
+        moved, changed = (
+            root_mean_square(jax.tree.map(difference, increments))
+            for difference in (
+                lambda k: jnp.tensordot(jnp.asarray(factors, k.dtype), k, axes=1),
+                lambda k: k[-1] - k[-2],
+            )
+        )
+        return changed > CRAWLING * moved
+
+    def _spent(self, solver_state):
+        """Velocities that a trial step took, if the solver is one that tells."""
+        if isinstance(self.solver, RKC2):
+            return solver_state.velocities
+        if isinstance(self.solver, diffrax.AbstractERK):
+            tableau = cast(Any, self.solver).tableau
+            return tableau.num_stages - (1 if tableau.fsal else 0)
+        return None
 
     def finished(self, state: State[P]) -> Bool[Array, ""]:
         """Whether the run is over."""
@@ -302,6 +314,7 @@ class Descent(eqx.Module, Generic[P]):
                 "steps": state.steps,
                 "rejected": state.rejected,
                 "rtol": jnp.asarray(self.control.rtol),
+                "velocities": state.velocities,
             },
             None if self.audit is None else state.broken,
         )
@@ -328,7 +341,7 @@ class Descent(eqx.Module, Generic[P]):
     def _terms(self) -> diffrax.ODETerm:
         return diffrax.ODETerm(lambda t, y, args: self.flow.velocity(y))
 
-    def _at_rest(self, point: P):
+    def at_rest(self, point: P):
         if self.stop is None:
             return self.flow.speed(point) <= self.tolerance, SUCCESSFUL
         return jnp.asarray(self.stop(point)), RESULTS.rule_met

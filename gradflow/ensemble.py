@@ -8,14 +8,19 @@ same number of lanes, so it comes out the same to the last bit, whatever the oth
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .descent import End, RESULTS, Solution, State
-from .lanes import Lanes, lanes_of
+from .descent import Descent, End, handed_over, State
+from .lanes.base import Lanes
+from .lanes.chebyshev import chebyshev_lanes
+from .lanes.explicit import explicit_lanes
+from .layout import layout_of
+from .solution import Solution
 from .solve import Integrator
 from .solvers.step_control import root_mean_square
 from .types import Key, P
@@ -37,7 +42,8 @@ def descend(
     lanes: int,
 ) -> Iterator[tuple[Solution[P], dict[str, int]]]:
     """The solutions of draws 0, 1, ... in blocks as they are done, as numpy arrays
-    with a leading axis of draws; and the steps that the lanes took: `used` and `all`.
+    with a leading axis of draws; and the work that the lanes did, `used` and `all`: in
+    velocities, or in trial steps where these are not counted.
 
     Draw i starts at `initialize(fold_in(key, i))`.
     """
@@ -58,24 +64,48 @@ def _block(integrator, initialize, key, first, count, size, lanes):
     kept = lanes_of(descents[0], like)
     starts, states = _begin(kept, initialize, key, jnp.asarray(first), size, lanes)
     ends, rounds = _pass(kept, states, end, jnp.asarray(count), lanes)
-    steps = {"used": 0, "all": int(rounds) * lanes}
+    steps = {"used": 0, "all": 0}
+    _account(steps, kept, ends, count, rounds, lanes)
     for descent in descents[1:]:
-        exhausted = np.asarray(ends.result == RESULTS.max_steps_reached)[:count]
-        left = np.flatnonzero(exhausted)
+        left = np.flatnonzero(np.asarray(handed_over(ends.result))[:count])
         if left.size == 0:
             break
         # Few sizes, so that few are compiled: padded by draws that never begin.
-        room = min(size, 2 ** int(left.size - 1).bit_length())
-        which = jnp.asarray(np.resize(left, room))
+        room = 2 ** int(left.size - 1).bit_length()
         few = min(lanes, room)
+        room = few * -(-room // few)
+        which = jnp.asarray(np.resize(left, room))
         kept = lanes_of(descent, like)
         states = _take_over(kept, ends, which, few)
         later, rounds = _pass(kept, states, end, jnp.asarray(left.size), few)
-        steps["all"] += int(rounds) * few
+        _account(steps, kept, later, left.size, rounds, few)
         ends = _merged(ends, later, which, jnp.asarray(left.size))
-    steps["used"] = int(jnp.sum((ends.steps + ends.rejected)[:count]))
     solution = jax.device_get(_solutions(descents[0], starts, ends, lanes))
     return jax.tree.map(lambda leaf: np.array(leaf[:count]), solution), steps
+
+
+def lanes_of(descent: Descent, like: Any) -> Lanes:
+    """The fastest lanes there are for this descent of points like `like`."""
+    if descent.audit is not None:
+        return Lanes(descent)
+    layout = layout_of(descent, like)
+    return (
+        chebyshev_lanes(descent, layout)
+        or explicit_lanes(descent, layout)
+        or Lanes(descent)
+    )
+
+
+def _account(steps, kept, ends, count, rounds, lanes):
+    """Adds up the work of a pass: in velocities where these are counted, or else in
+    trial steps."""
+    if kept.turns is None:
+        used, turns = ends.steps + ends.rejected, 1
+    else:
+        # Two were for the first step size, before the rounds.
+        used, turns = ends.velocities - 2, kept.turns
+    steps["used"] += int(np.sum(np.asarray(used)[:count]))
+    steps["all"] += int(rounds) * turns * lanes
 
 
 @eqx.filter_jit
@@ -164,11 +194,8 @@ def _pass(kept: Lanes, begun: State, horizon, count, lanes: int):
 
     def step(carry):
         states, draws, ends, following, rounds = carry
-        new = kept.step(eqx.combine(states, static), horizon)
-        new = eqx.filter(new, eqx.is_array)
-        states = jax.tree.map(
-            lambda one, other: _choose(states.finished, one, other, axis), states, new
-        )
+        states = kept.step(eqx.combine(states, static), horizon)
+        states = eqx.filter(states, eqx.is_array)
         return states, draws, ends, following, rounds + 1
 
     def unfinished(carry):
@@ -193,17 +220,11 @@ def _kept(state: State) -> End:
         state.time,
         state.steps,
         state.rejected,
+        state.velocities,
         state.result,
         state.broken,
         state.start,
     )
-
-
-def _choose(condition, one, other, axis):
-    """`one` in the lanes where `condition` holds."""
-    shape = [1] * one.ndim
-    shape[axis] = condition.size
-    return jnp.where(condition.reshape(shape), one, other)
 
 
 @eqx.filter_jit
@@ -211,10 +232,16 @@ def _merged(ends, later, which, count):
     """The ends of a later descent in the places of those that it took over."""
     places = jnp.where(jnp.arange(which.size) < count, which, ends.time.size)
     before = jax.tree.map(lambda leaf: leaf[which], ends)
+    velocities = None
+    if before.velocities is not None and later.velocities is not None:
+        velocities = before.velocities + later.velocities
+    else:
+        ends = eqx.tree_at(lambda end: end.velocities, ends, None)
     later = eqx.tree_at(
-        lambda end: (end.steps, end.rejected),
+        lambda end: (end.steps, end.rejected, end.velocities),
         later,
-        (before.steps + later.steps, before.rejected + later.rejected),
+        (before.steps + later.steps, before.rejected + later.rejected, velocities),
+        is_leaf=lambda x: x is None,
     )
     return jax.tree.map(
         lambda to, leaf: to.at[places].set(leaf, mode="drop"), ends, later

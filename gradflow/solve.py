@@ -17,26 +17,33 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .descent import Descent, RESULTS, Solution, SUCCESSFUL
+from .descent import Descent, handed_over
 from .flow import AbstractFlow
 from .manifolds.fixed_rank import FixedRank
 from .models.low_rank import LowRank
+from .solution import raise_failure, RESULTS, Solution, SUCCESSFUL
+from .solvers.chebyshev import RKC2
 from .solvers.rank_preserving import RankPreserving
 from .solvers.step_control import NormwiseStepSize, root_mean_square
+from .solvers.stiffness import PATIENCE
 from .types import P, Scalar
 
 
 # The solver's tolerance is the stopping speed divided by this (see the module's text).
 TOLERANCE_RATIO = 1000
 TSIT5 = diffrax.Tsit5()
+AUTO = "auto"
 
 
-def _as_tuple(method) -> tuple[Any, ...]:
-    return tuple(method) if isinstance(method, (tuple, list)) else (method,)
+def _as_tuple(method) -> Any:
+    if isinstance(method, (tuple, list, str)):
+        return method if isinstance(method, str) else tuple(method)
+    return (method,)
 
 
 class Integrator(eqx.Module, Generic[P]):
-    """How to integrate a flow: all of `integrate`'s arguments but the start.
+    """How to integrate a flow: all of `integrate`'s arguments but the start. Its method
+    is "auto", as what is compiled serves many runs.
 
     Called with a point it is `integrate(..., throw=False)`. A `Study` given one as
     `descend` runs its draws on a fixed number of lanes and refills each as it ends.
@@ -49,8 +56,8 @@ class Integrator(eqx.Module, Generic[P]):
     tolerance: float | None = None
     rtol: float | None = None
     stop: Callable[[P], Bool[Array, ""]] | None = None
-    method: tuple[diffrax.AbstractSolver, ...] = eqx.field(
-        default=TSIT5, converter=_as_tuple
+    method: str | tuple[diffrax.AbstractSolver, ...] = eqx.field(
+        default=AUTO, converter=_as_tuple
     )
     max_steps: int | Int[Array, ""] = 16384
     audit: Callable[[P], Callable[[P], dict[str, Bool[Array, ""]]]] | None = None
@@ -60,6 +67,10 @@ class Integrator(eqx.Module, Generic[P]):
         _check_positive("max_steps", self.max_steps, whole=True)
         if not self.method:
             raise ValueError("method is empty: give at least one diffrax solver")
+        if isinstance(self.method, str) and self.method != AUTO:
+            raise ValueError(
+                f"method={self.method!r} must be {AUTO!r} or a diffrax solver"
+            )
 
     def __call__(self, point: P) -> Solution[P]:
         dtype = _checked_dtype(point)
@@ -76,6 +87,10 @@ class Integrator(eqx.Module, Generic[P]):
                 "many ways to write a matrix, so a flat flow of them means nothing"
             )
         tolerance, rtol = checked_tolerances(self.tolerance, self.rtol, dtype)
+        auto = self.method == AUTO
+        # A step of RKC2 would leave the matrices of rank k.
+        relay = () if low_rank else (RKC2(),)
+        methods = (TSIT5, *relay) if auto else self.method
         return tuple(
             Descent(
                 self.flow,
@@ -85,8 +100,9 @@ class Integrator(eqx.Module, Generic[P]):
                 self.stop,
                 jnp.asarray(self.max_steps),
                 self.audit,
+                PATIENCE if auto and relay and solver is TSIT5 else None,
             )
-            for solver in self.method
+            for solver in methods
         )
 
     def end(self, dtype) -> Scalar:
@@ -105,7 +121,7 @@ def integrate(
     stop: Callable[[P], Bool[Array, ""]] | None = None,
     times: Float[Array, " times"] | None = None,
     observe: Mapping[str, Callable[[P], PyTree[Array]]] | None = None,
-    method: diffrax.AbstractSolver | Sequence[diffrax.AbstractSolver] = TSIT5,
+    method: diffrax.AbstractSolver | Sequence[diffrax.AbstractSolver] | str = TSIT5,
     max_steps: int | Int[Array, ""] = 16384,
     audit: Callable[[P], Callable[[P], dict[str, Bool[Array, ""]]]] | None = None,
     throw: bool = True,
@@ -125,7 +141,9 @@ def integrate(
       failed never came. Neither rule then ends the run early, and trajectories are
       kept only through `observe`.
     - `method`: a diffrax solver, or several: each takes over where the one before it
-      has used its `max_steps`. For a `LowRank` point it is made rank preserving.
+      has used its `max_steps`. "auto": Tsit5, and `RKC2` from where Tsit5 has been held
+      at its limit of stability for some time. For a `LowRank` point it is made rank
+      preserving.
     - `audit`: from the start, makes a function that tells of each later point which
       invariants of the exact flow it breaks, such as `Audit`. When each first broke
       is `Solution.broken`.
@@ -160,7 +178,7 @@ def integrate(
             (targets, history),
             is_leaf=lambda x: x is None,
         )
-    return _raise_failure(solution) if throw else solution
+    return raise_failure(solution) if throw else solution
 
 
 @eqx.filter_jit
@@ -204,12 +222,21 @@ def _run(descents, point, targets, functions):
     counts = [
         sum(getattr(state, name) for state in states) for name in ("steps", "rejected")
     ]
+    velocities = None
+    if all(state.velocities is not None for state in states):
+        velocities = sum(state.velocities for state in states)
     moved = root_mean_square(jax.tree.map(jnp.subtract, solution.point, point))
     size = root_mean_square(solution.point)
     solution = eqx.tree_at(
-        lambda s: (s.distance, s.stats["steps"], s.stats["rejected"]),
+        lambda s: (
+            s.distance,
+            s.stats["steps"],
+            s.stats["rejected"],
+            s.stats["velocities"],
+        ),
         solution,
-        (moved / jnp.where(size > 0, size, 1), *counts),
+        (moved / jnp.where(size > 0, size, 1), *counts, velocities),
+        is_leaf=lambda x: x is None,
     )
     return solution, history
 
@@ -228,9 +255,9 @@ def _resume(state):
 
 
 def _hand_over(descent, before, state):
-    """The state of a later solver: begun anew if the one before it has just run out of
-    steps, its end passed on if it ended, untouched if this solver is at work."""
-    exhausted = before.result == RESULTS.max_steps_reached
+    """The state of a later solver: begun anew if the one before it has just handed
+    over, its end passed on if it ended, untouched if this solver is at work."""
+    exhausted = handed_over(before.result)
     begun = descent.take_over(before)
     ended = eqx.tree_at(
         lambda s: (s.finished, s.waiting, s.result),
@@ -352,36 +379,3 @@ def _checked_times(times, dtype):
         if np.any(np.diff(values) <= 0):
             raise ValueError("times must increase strictly")
     return jnp.asarray(times, dtype)
-
-
-def _raise_failure(solution):
-    """Raises for a run that failed; a horizon reached is no failure."""
-    result = solution.result
-    fine = (
-        (result == SUCCESSFUL)
-        | (result == RESULTS.rule_met)
-        | (result == RESULTS.horizon_reached)
-    )
-    if isinstance(fine, jax.core.Tracer):
-        return result.error_if(solution, ~fine)
-    if not bool(jnp.all(fine)):
-        raise RuntimeError(failure_text(solution))
-    return solution
-
-
-def failure_text(solution: Solution) -> str:
-    """One sentence on how one run ended: what, where, what to do."""
-    steps = int(solution.stats["steps"] + solution.stats["rejected"])
-    time = float(solution.time)
-    if solution.result == RESULTS.max_steps_reached:
-        return (
-            f"{steps} steps used at t={time:.6g}, speed {float(solution.speed):.3g}: "
-            "raise max_steps, loosen tolerance, or let an implicit method take over "
-            "with method=(diffrax.Tsit5(), diffrax.Kvaerno5())"
-        )
-    if solution.result == RESULTS.step_size_vanished:
-        return (
-            f"the step size fell to nothing at t={time:.6g}: the solution may blow up "
-            "there"
-        )
-    return RESULTS[solution.result]

@@ -13,8 +13,8 @@ import jax.random as jr
 import numpy as np
 from tqdm import tqdm
 
-from .descent import Solution
 from .ensemble import descend
+from .solution import Solution
 from .solve import Integrator
 from .types import Key, P
 

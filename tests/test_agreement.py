@@ -15,10 +15,10 @@ import pytest
 from families import moments
 
 from gradflow.critical import classify, describe, KIND
-from gradflow.descent import RESULTS
 from gradflow.flow import GradientFlow
 from gradflow.initial import GaussianInit
 from gradflow.models.linear import SquaredLoss
+from gradflow.solution import RESULTS
 from gradflow.solve import integrate
 from gradflow.solvers.stiff import stiff
 from gradflow.theory.linear import LinearTheory

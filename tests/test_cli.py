@@ -358,7 +358,10 @@ def test_half_a_compiled_program_is_compiled_again(folder):
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert (done.stdout, done.stderr) == ("0.125\n", "")
         programs = list(folder.rglob("*-cache"))

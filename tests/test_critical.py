@@ -13,11 +13,11 @@ from families import moments, network, planted, theory
 from jax.flatten_util import ravel_pytree
 
 from gradflow.critical import classify, describe, KIND, RULE
-from gradflow.descent import RESULTS
 from gradflow.flow import GradientFlow
 from gradflow.initial import GaussianInit
 from gradflow.models.linear import DeepLinear, SquaredLoss
 from gradflow.moments import Moments
+from gradflow.solution import RESULTS
 from gradflow.solve import integrate
 from gradflow.solvers.stiff import stiff
 from gradflow.theory.linear import LinearTheory

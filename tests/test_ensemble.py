@@ -15,11 +15,11 @@ import pytest
 from gradflow import datasets
 from gradflow.audit import Audit
 from gradflow.critical import classify, KIND
-from gradflow.descent import RESULTS
 from gradflow.ensemble import descend, QUEUE
 from gradflow.flow import GradientFlow
 from gradflow.initial import GaussianInit, section7_widths
 from gradflow.models.linear import SquaredLoss
+from gradflow.solution import RESULTS
 from gradflow.solve import integrate, Integrator
 from gradflow.study import fraction, run_study, Study
 from gradflow.theory.linear import LinearTheory
@@ -64,6 +64,11 @@ def reference(integrator):
     return everything(integrator, 300, 32)[0]
 
 
+@pytest.fixture(scope="module")
+def tsit5(integrator):
+    return eqx.tree_at(lambda i: i.method, integrator, (diffrax.Tsit5(),))
+
+
 def test_company_changes_no_bit(integrator, reference):
     """As many lanes, other draws: the first 40 are the same to the last bit."""
     few, _ = everything(integrator, 40, 32)
@@ -93,12 +98,13 @@ def test_a_draw_alone_is_integrate(integrator, reference):
         assert np.isclose(alone.distance, reference.distance[draw], rtol=1e-9)
 
 
-def test_little_is_wasted(integrator):
-    """With a queue of 32 draws per lane at most 5 % of the lane steps are idle; one
-    vmapped loop over all wastes what its slowest lane makes the others wait."""
-    solution, (steps,) = everything(integrator, 32 * 32, 32)
+def test_little_is_wasted(tsit5):
+    """With a queue of 32 draws per lane few velocities are idle; one vmapped loop over
+    all wastes what its slowest lane makes the others wait."""
+    solution, (steps,) = everything(tsit5, 32 * 32, 32)
     taken = solution.stats["steps"] + solution.stats["rejected"]
-    assert steps["used"] == taken.sum()
+    assert steps["used"] == 6 * taken.sum()
+    assert np.array_equal(solution.stats["velocities"], 2 + 6 * taken)
     assert steps["used"] >= 0.92 * steps["all"]
     assert taken.mean() < 0.6 * taken.max()
 
@@ -123,18 +129,16 @@ class _Sometimes(eqx.Module):
         return jax.tree.map(lambda w: jnp.where(bad, jnp.nan, w), network)
 
 
-def test_a_lane_that_is_not_finite_harms_no_other(integrator, reference):
+def test_a_lane_that_is_not_finite_harms_no_other(integrator):
+    clean, (allowed,) = everything(integrator, 300, 32)
     solution, (steps,) = everything(integrator, 300, 32, _Sometimes())
     results = names_of(RESULTS, solution.result)
     bad = results == "not_finite"
     assert 20 < bad.sum() < 120
     fine = np.flatnonzero(~bad)
     for name in ("time", "energy"):
-        assert np.array_equal(
-            getattr(solution, name)[fine], getattr(reference, name)[fine]
-        )
-    clean = (reference.stats["steps"] + reference.stats["rejected"]).sum()
-    assert steps["all"] < 1.5 * clean
+        assert np.array_equal(getattr(solution, name)[fine], getattr(clean, name)[fine])
+    assert steps["all"] < 1.5 * allowed["all"]
 
 
 def test_relay_in_lanes(energy, theory):

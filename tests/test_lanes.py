@@ -13,13 +13,15 @@ import pytest
 
 from gradflow import datasets
 from gradflow.audit import Audit
-from gradflow.descent import RESULTS
-from gradflow.ensemble import descend
+from gradflow.ensemble import descend, lanes_of
 from gradflow.flow import GradientFlow
 from gradflow.initial import GaussianInit
-from gradflow.lanes import Lanes, lanes_of, LinearLanes, WIDEST
+from gradflow.lanes.base import Lanes
+from gradflow.lanes.explicit import ExplicitLanes
+from gradflow.layout import WIDEST
 from gradflow.models.linear import DeepLinear, SquaredLoss
 from gradflow.moments import Moments
+from gradflow.solution import RESULTS
 from gradflow.solve import Integrator
 from gradflow.theory.linear import LinearTheory
 from gradflow.types import names_of
@@ -48,10 +50,11 @@ def both(widths, autoencoding, lanes=6, **settings):
     energy = problem(widths, autoencoding)
     start = GaussianInit(widths, 0.4)
     points = jax.vmap(start)(jr.split(jr.key(3), lanes))
+    settings = {"method": diffrax.Tsit5(), **settings}
     integrator = Integrator(GradientFlow(energy), **settings)
     (descent,) = integrator.descents(start(jr.key(0)))
     ours = lanes_of(descent, start(jr.key(0)))
-    assert isinstance(ours, LinearLanes)
+    assert isinstance(ours, ExplicitLanes)
     return energy, points, ours, Lanes(descent)
 
 
@@ -68,7 +71,7 @@ def test_velocity_and_energy_are_those_of_the_model(widths, autoencoding):
     velocities = jax.vmap(ours.descent.flow.velocity)(points)
     assert differences(ours.points(states.solver_state, 6), velocities) < 1e-13
     energies = jax.vmap(energy)(points)
-    assert np.allclose(ours.energy(states.point), energies, rtol=1e-13)
+    assert np.allclose(ours.layout.energy(states.point), energies, rtol=1e-13)
 
 
 @pytest.mark.parametrize("method", [diffrax.Tsit5(), diffrax.Bosh3()])
@@ -150,7 +153,7 @@ def test_float32():
     lanes = lanes_of(integrator.descents(like)[0], like)
     states = lanes.begin(points, jnp.zeros(4, jnp.float32))
     states = eqx.filter_jit(lanes.step)(states, jnp.asarray(10.0, jnp.float32))
-    assert isinstance(lanes, LinearLanes)
+    assert isinstance(lanes, ExplicitLanes)
     assert states.point.dtype == states.step_size.dtype == jnp.float32
     assert np.all(states.steps + states.rejected == 1)
 
@@ -195,8 +198,8 @@ def test_other_descents_are_vmapped():
     def kind(like=like, **settings):
         return type(lanes_of(Integrator(flow, **settings).descents(like)[0], like))
 
-    assert kind() is LinearLanes
-    assert kind(method=diffrax.Dopri5()) is LinearLanes
+    assert kind() is ExplicitLanes
+    assert kind(method=diffrax.Dopri5()) is ExplicitLanes
     assert kind(method=diffrax.Dopri8()) is Lanes
     assert kind(audit=Audit) is Lanes
     assert kind(stop=lambda point: jnp.array(False)) is Lanes

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow.descent import Descent, RESULTS, SUCCESSFUL
+from gradflow.descent import Descent
 from gradflow.flow import AbstractFlow, GradientFlow
 from gradflow.manifolds import Euclidean
 from gradflow.models.base import AbstractEnergy
 from gradflow.models.linear import DeepLinear, invariants, LinearMap, SquaredLoss
 from gradflow.moments import Moments
-from gradflow.solve import failure_text, integrate
+from gradflow.solution import failure_text, RESULTS, SUCCESSFUL
+from gradflow.solve import integrate, Integrator
 from gradflow.solvers import NormwiseStepSize, stiff
 from gradflow.theory import dynamics
 from gradflow.types import names_of
@@ -36,6 +37,15 @@ class Bowl(AbstractEnergy):
 
     def __call__(self, point):
         return jnp.sum(_rates(point) * point**2) / 2
+
+
+class Valley(AbstractEnergy):
+    """A bowl of any curvatures."""
+
+    rates: jnp.ndarray
+
+    def __call__(self, point):
+        return jnp.sum(self.rates * point**2) / 2
 
 
 class StackedFlow(AbstractFlow):
@@ -359,10 +369,43 @@ def test_a_start_that_is_not_finite(value):
     assert solution.time == 0 and solution.stats["steps"] == 0
 
 
+def test_where_an_explicit_method_crawls():
+    """On a bowl whose curvatures are a million apart "auto" takes a fiftieth of the
+    velocities; where nothing is stiff it is Tsit5 to the last bit."""
+    bowl = lambda *rates: GradientFlow(Valley(jnp.array(rates)))
+    start = jnp.array([1.0, -1.0])
+    settings = {"rtol": 1e-4, "tolerance": 1e-1, "horizon": 1.0, "max_steps": 10**6}
+    stiff = bowl(1e5, 1.0)
+    crawling = integrate(stiff, start, **settings)
+    auto = integrate(stiff, start, method="auto", **settings)
+    assert 50 * auto.stats["velocities"] < crawling.stats["velocities"]
+    assert np.allclose(auto.point, [0, -np.exp(-1)], atol=1e-4)
+    alone = Integrator(stiff, **settings).descents(start)[0]
+    state = alone.init(start, jnp.zeros(()))
+    step = eqx.filter_jit(lambda state: alone.step(state, jnp.asarray(1.0)))
+    while not state.finished:
+        state = step(state)
+    assert state.result == RESULTS.stiff and state.steps < 100
+    easy = bowl(1.0, 0.5)
+    settings["rtol"] = 1e-6
+    for name in ("point", "time"):
+        one, other = (
+            getattr(integrate(easy, start, method=method, **settings), name)
+            for method in ("auto", diffrax.Tsit5())
+        )
+        assert np.array_equal(one, other)
+
+
 def test_every_result_has_a_test():
     # The members that gradflow can produce are provoked above; adding one fails here.
     ours = set(names_of_members(RESULTS)) - set(names_of_members(diffrax.RESULTS))
-    assert ours == {"rule_met", "horizon_reached", "step_size_vanished", "not_finite"}
+    assert ours == {
+        "rule_met",
+        "horizon_reached",
+        "step_size_vanished",
+        "not_finite",
+        "stiff",
+    }
 
 
 def names_of_members(enumeration):

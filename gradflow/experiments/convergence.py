@@ -11,7 +11,6 @@ import itertools
 import time
 from typing import Any, Literal
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,6 @@ from ..models.linear import SquaredLoss
 from ..moments import Moments
 from ..report import environment, Report
 from ..solve import integrate, Integrator, TOLERANCE_RATIO
-from ..solvers.stiff import stiff
 from ..study import find_device, Outcome, precision, run_study, Study
 from ..theory.linear import LinearTheory, TIE
 from ..types import Key, names_of
@@ -41,8 +39,6 @@ CLAIM = (
     "minimum of the loss (Bah et al. 2020, Theorems 39 and 40)."
 )
 COST = "about 20 s on two cores for the default settings"
-# Above this many weights an implicit method's dense Jacobian costs more than it saves.
-LARGEST_IMPLICIT = 1000
 # Times at which the drawn runs are observed.
 CURVE_POINTS = 120
 
@@ -153,18 +149,12 @@ def _study(config: Config, theory: LinearTheory, depth: int, scale: float):
     widths = (*widths[:-1], theory.energy.moments.yy.shape[0])
     start = GaussianInit if config.start == "gaussian" else OrthogonalInit
     flow = GradientFlow(theory.energy)
-    weights = sum(a * b for a, b in itertools.pairwise(widths))
-    # An implicit method takes what an explicit one can't finish, if its Jacobian fits.
-    methods: list[diffrax.AbstractSolver] = [diffrax.Tsit5()]
-    if weights <= LARGEST_IMPLICIT:
-        methods.append(stiff())
     integrator = Integrator(
         flow,
         horizon=config.horizon,
         tolerance=config.tolerance,
         rtol=config.rtol,
         stop=theory.certificate,
-        method=tuple(methods),
         max_steps=config.max_steps,
     )
     return Study(

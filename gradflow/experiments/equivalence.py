@@ -26,13 +26,13 @@ import numpy as np
 from cyclopts import Parameter
 
 from .. import datasets
-from ..descent import RESULTS
 from ..flow import GradientFlow
 from ..manifolds.fixed_rank import FixedRank
 from ..models.linear import LinearMap, SquaredLoss
 from ..models.low_rank import LowRank
 from ..moments import Moments
 from ..report import environment, Report
+from ..solution import RESULTS
 from ..solve import integrate, TOLERANCE_RATIO
 from ..study import find_device, precision
 from ..theory.dynamics import decoupled_mode, whitened_two_layer

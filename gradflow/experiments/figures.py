@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from ..audit import Audit
 from ..critical import classify, describe, KIND
-from ..descent import RESULTS, Solution
 from ..flow import GradientFlow
 from ..initial import section7_widths
 from ..models.linear import DeepLinear, SquaredLoss
 from ..report import environment, Report
+from ..solution import RESULTS, Solution
 from ..solve import integrate, TOLERANCE_RATIO
 from ..study import find_device, precision
 from ..theory.dynamics import remark42

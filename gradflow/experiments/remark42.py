@@ -40,13 +40,13 @@ import scipy.integrate
 from jaxtyping import Array, Float
 
 from ..audit import Audit
-from ..descent import RESULTS
 from ..flow import AbstractFlow, GradientFlow
 from ..manifolds.euclidean import Euclidean
 from ..manifolds.fixed_rank import FixedRank
 from ..models.linear import AbstractLinearNetwork, DeepLinear, SquaredLoss
 from ..models.low_rank import LowRank
 from ..moments import Moments
+from ..solution import RESULTS
 from ..solve import integrate, TOLERANCE_RATIO
 from ..study import precision
 

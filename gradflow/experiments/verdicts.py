@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from ..critical import describe, KIND
-from ..descent import RESULTS
+from ..solution import RESULTS
 from ..study import fraction, Outcome
 from ..types import names_of
 

@@ -9,6 +9,7 @@ root of its stiffness, in velocities only.
 """
 
 import functools
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import diffrax
@@ -49,6 +50,7 @@ class State(NamedTuple):
     radius: Scalar
     age: Int[Array, ""]  # stages since the radius was estimated
     length: Scalar  # of the step
+    velocities: Int[Array, ""]  # computed for it; a derivative counts as two
 
 
 class RKC2(diffrax.AbstractAdaptiveSolver):
@@ -95,11 +97,12 @@ class RKC2(diffrax.AbstractAdaptiveSolver):
         length = jnp.abs(jnp.asarray(terms.contr(t0, t1)))
         return State(
             terms.vf(t0, y0, args),
-            _scattered(y0),
+            scattered(y0),
             jnp.zeros_like(length),
             jnp.zeros((), dtype=int),
             # Longer than any: the first step makes an estimate.
             jnp.full_like(length, jnp.inf),
+            jnp.ones((), dtype=int),
         )
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
@@ -111,7 +114,7 @@ class RKC2(diffrax.AbstractAdaptiveSolver):
         # A solver isn't told of a rejection, but a shorter step is a sign of one.
         shorter = length < REJECTED * solver_state.length
         due = shorter | (solver_state.age >= KEPT) | made_jump
-        direction, radius, moved = spectral_radius(
+        direction, radius, moved, iterations = spectral_radius(
             lambda y: terms.vf(t0, y, args),
             y0,
             solver_state.direction,
@@ -141,7 +144,8 @@ class RKC2(diffrax.AbstractAdaptiveSolver):
             "k0": _combined((control, before)),
             "k1": _combined((control, after)),
         }
-        state = State(after, direction, radius, age + stages, length)
+        spent = stages + 2 * iterations
+        state = State(after, direction, radius, age + stages, length, spent)
         return y1, error, dense, state, diffrax.RESULTS.successful
 
     def _stages(self, terms, t0, t1, y0, args, before, stages):
@@ -156,7 +160,7 @@ class RKC2(diffrax.AbstractAdaptiveSolver):
         dtype = control.dtype
         excess = DAMPING / jnp.maximum(stages, 1).astype(dtype) ** 2
         w0 = 1 + excess
-        w1 = jnp.asarray(_slopes(self.max_stages), dtype)[stages]
+        w1 = jnp.asarray(slopes(self.max_stages), dtype)[stages]
         b = 1 / (4 * w0**2)  # of stages 0, 1 and 2
         one, zero = jnp.ones((), dtype), jnp.zeros((), dtype)
         first = (w0, one, zero), (excess, one, zero)
@@ -168,7 +172,7 @@ class RKC2(diffrax.AbstractAdaptiveSolver):
             time = t0 + node.astype(jnp.result_type(t0)) * (t1 - t0)
             velocity = terms.vf(time, _combined((1, y0), (1, newer)), args)
             a1 = 1 - b1 * chebyshev[0][0]
-            chebyshev = _next(chebyshev, excess)
+            chebyshev = following(chebyshev, excess)
             _, slope, curvature = chebyshev[0]
             b0 = curvature / slope**2
             ratio = 2 * b0 / b1
@@ -189,16 +193,16 @@ class RKC2(diffrax.AbstractAdaptiveSolver):
 
 def spectral_radius(
     function, point, direction, radius: Scalar, *, iterations: Int[Array, ""] | int
-) -> tuple[Any, Scalar, Scalar]:
+) -> tuple[Any, Scalar, Scalar, Int[Array, ""]]:
     r"""The largest $|\lambda|$ of the Jacobian of a vector field at a point, by power
     iteration from an earlier pair.
 
     Derivatives are exact: differences of velocities are noise in float32.
 
-    **Returns:** the vector, the estimate, and by how much of itself the last iteration
-    changed it. Below 0.05 % there are no more iterations.
+    **Returns:** the vector, the estimate, by how much of itself the last iteration
+    changed it, and the number of iterations. Below 0.05 % there are no more iterations.
     """
-    renewed = _combined((1, direction), (RENEWED, _scattered(point)))
+    renewed = _combined((1, direction), (RENEWED, scattered(point)))
 
     def unsettled(carry):
         _, new, old, count = carry
@@ -221,10 +225,10 @@ def spectral_radius(
     found, new, old, count = jax.lax.while_loop(unsettled, iterate, carry)
     keep = lambda a, b: jnp.where(count > 0, a, b)
     moved = jnp.abs(new - old) / jnp.where(new > 0, new, 1)
-    return jax.tree.map(keep, found, direction), new, moved
+    return jax.tree.map(keep, found, direction), new, moved, count
 
 
-def _next(chebyshev, excess):
+def following(chebyshev, excess):
     r"""$T_{j+1}, T'_{j+1}, T''_{j+1}$ at $w_0$, and what they are more than those of
     $j$, from the same of $j$.
 
@@ -242,7 +246,7 @@ def _next(chebyshev, excess):
 
 
 @functools.cache
-def _slopes(max_stages: int) -> np.ndarray:
+def slopes(max_stages: int) -> np.ndarray:
     r"""$w_1$ for 0, 1, ... stages, where $T_s(\cosh\theta) = \cosh s\theta$."""
     s = np.arange(2, max_stages + 1)
     theta = 2 * np.arcsinh(np.sqrt(DAMPING / 2) / s)
@@ -253,14 +257,18 @@ def _slopes(max_stages: int) -> np.ndarray:
     return np.concatenate([np.zeros(2), slope / curvature])
 
 
-def _scattered(point):
-    """Numbers of size 1 without a pattern, which no symmetry of a point shares."""
-    return jax.tree.map(
-        lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype) ** 2).reshape(
-            leaf.shape
-        ),
-        point,
-    )
+def scattered(point, axis: int | None = None):
+    """Numbers of size 1 without a pattern, which no symmetry of a point shares; the
+    same along an `axis` of lanes."""
+
+    def numbers(leaf):
+        shape = list(leaf.shape)
+        if axis is not None:
+            shape[axis] = 1
+        count = jnp.arange(math.prod(shape), dtype=leaf.dtype)
+        return jnp.broadcast_to(jnp.cos(count**2).reshape(shape), leaf.shape)
+
+    return jax.tree.map(numbers, point)
 
 
 def _combined(*terms):

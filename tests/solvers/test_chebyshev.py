@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from gradflow.descent import RESULTS
 from gradflow.flow import AbstractFlow, GradientFlow
 from gradflow.initial import GaussianInit
 from gradflow.manifolds import FixedRank
@@ -20,6 +19,7 @@ from gradflow.models.base import AbstractEnergy
 from gradflow.models.linear import DeepLinear, SquaredLoss
 from gradflow.models.low_rank import LowRank
 from gradflow.moments import Moments
+from gradflow.solution import RESULTS
 from gradflow.solve import integrate
 from gradflow.solvers import NormwiseStepSize, RKC2, stiff
 from gradflow.solvers.chebyshev import DAMPING, REACH, SAFETY, spectral_radius

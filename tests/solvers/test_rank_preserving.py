@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from families import orthogonal
 
-from gradflow.descent import RESULTS
 from gradflow.flow import GradientFlow
 from gradflow.manifolds import FixedRank
 from gradflow.models.linear import LinearMap, SquaredLoss
 from gradflow.models.low_rank import LowRank
 from gradflow.moments import Moments
+from gradflow.solution import RESULTS
 from gradflow.solve import integrate
 from gradflow.solvers import RankPreserving
 from gradflow.solvers.step_control import root_mean_square

@@ -6,12 +6,12 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from gradflow.descent import RESULTS
 from gradflow.flow import GradientFlow
 from gradflow.initial import GaussianInit
 from gradflow.models.base import AbstractEnergy
 from gradflow.models.linear import DeepLinear, LinearMap, SquaredLoss
 from gradflow.moments import Moments
+from gradflow.solution import RESULTS
 from gradflow.solve import integrate
 from gradflow.solvers import NormwiseStepSize
 from gradflow.solvers.step_control import root_mean_square

@@ -5,11 +5,11 @@ import numpy as np
 import optimistix as optx
 import pytest
 
-from gradflow.descent import RESULTS
 from gradflow.flow import GradientFlow
 from gradflow.initial import GaussianInit
 from gradflow.models.linear import SquaredLoss
 from gradflow.moments import Moments
+from gradflow.solution import RESULTS
 from gradflow.solve import integrate
 from gradflow.solvers import stiff
 from gradflow.solvers.stiff import StageNewton

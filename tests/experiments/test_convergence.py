@@ -114,13 +114,7 @@ def test_a_row_does_not_depend_on_later_rows():
     assert run(_tiny(), progress=False).rows[0] == both.rows[0]
 
 
-@pytest.fixture
-def no_implicit_method(monkeypatch):
-    # It takes long to compile.
-    monkeypatch.setattr(convergence, "LARGEST_IMPLICIT", 0)
-
-
-def test_draws_out_of_steps_are_undecided(no_implicit_method):
+def test_draws_out_of_steps_are_undecided():
     report = run(_tiny(max_steps=3, draws=24, batch=8), progress=False)
     _check_rows(report)
     _check_notes(report)

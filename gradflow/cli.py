@@ -276,9 +276,10 @@ def _finish(report: Any, out: Path, quiet: bool, strict: bool) -> int:
         for note in report.notes:
             print(f"  {note}")
         times = ", ".join(f"{k} {v:.1f} s" for k, v in report.seconds.items())
-        print(
-            f"{report.environment['dtype']} on {report.environment['device']}; {times}"
-        )
+        made = report.environment
+        print(f"{made['dtype']} on {made['device']}; {times}")
+        if "runs" in made:
+            print(f"runs {made['runs']}")
         names = ["report.json", "report.md", *(path.name for path in figures)]
         print(f"wrote {', '.join(names)} to {out}")
     undecided = sum(row["undecided"] for row in report.rows)

@@ -7,7 +7,9 @@ compiled loop. Every draw is begun in a group of the same size and stepped among
 same number of lanes, so it comes out the same to the last bit, whatever the others do.
 """
 
-from collections.abc import Callable, Iterator
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import equinox as eqx
@@ -27,8 +29,12 @@ from .types import Key, P
 
 
 # Draws per lane whose ends stay on the device until they are fetched together. While
-# the last of them end the other lanes idle, so a longer queue wastes less.
+# the last of them end the other lanes idle, so a longer queue wastes less: as long as
+# `MEMORY` bytes allow, of which a draw takes `KEPT` times those of its point.
 QUEUE = 32
+LONGEST_QUEUE = 128
+MEMORY = 2**28
+KEPT = 8
 # The share of lanes that must have ended before they begin anew: a larger one leaves
 # more lanes idle, a smaller one starts so few at once that vectors stay empty.
 SHARE = 16
@@ -40,20 +46,50 @@ def descend(
     key: Key,
     draws: int,
     lanes: int,
+    devices: Sequence[Any] = (),
 ) -> Iterator[tuple[Solution[P], dict[str, int]]]:
     """The solutions of draws 0, 1, ... in blocks as they are done, as numpy arrays
     with a leading axis of draws; and the work that the lanes did, `used` and `all`: in
     velocities, or in trial steps where these are not counted.
 
-    Draw i starts at `initialize(fold_in(key, i))`.
+    Draw i starts at `initialize(fold_in(key, i))`. Given several `devices`, each takes
+    the next block when it is done with its last one.
     """
-    lanes = min(lanes, draws)
+    several = len(devices) > 1
+    share = -(-draws // max(1, len(devices)))
+    lanes = min(lanes, share)
     # One size of block, a multiple of the lanes: nothing is compiled twice.
-    size = lanes * min(QUEUE, -(-draws // lanes))
-    for first in range(0, draws, size):
-        yield _block(
-            integrator, initialize, key, first, min(size, draws - first), size, lanes
-        )
+    like = eqx.filter_eval_shape(initialize, key)
+    entries = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    room = max(QUEUE, MEMORY // (KEPT * entries * lanes))
+    size = lanes * min(room, LONGEST_QUEUE, -(-share // lanes))
+    blocks = [(first, min(size, draws - first)) for first in range(0, draws, size)]
+    run = lambda block: _block(
+        integrator, initialize, key, block[0], block[1], size, lanes
+    )
+    if not several:
+        yield from map(run, blocks)
+        return
+    idle = queue.SimpleQueue()
+    for device in devices:
+        idle.put(device)
+    wide = jnp.result_type(float) == jnp.float64
+
+    def run_somewhere(block):
+        device = idle.get()
+        try:
+            # What a `with` sets holds for one thread only.
+            with jax.enable_x64(wide), jax.default_device(device):
+                return run(block)
+        finally:
+            idle.put(device)
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        try:
+            yield from pool.map(run_somewhere, blocks)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _block(integrator, initialize, key, first, count, size, lanes):

@@ -16,6 +16,10 @@ import numpy as np
 # The packages whose versions can change a number.
 VERSIONED = ("gradflow", "jax", "jaxlib", "diffrax", "equinox", "optimistix", "numpy")
 
+# What a run was for: its path is followed no further, or no more closely, than that.
+VERDICTS = "until the limit is certain (verdicts, no accurate trajectories)"
+TRAJECTORIES = "accurate to the tolerance all along (trajectories)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -165,13 +169,15 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def environment(dtype: str, device: Any) -> dict[str, Any]:
-    """What the numbers may depend on beside the settings."""
+def environment(dtype: str, device: Any, runs: str | None = None) -> dict[str, Any]:
+    """What the numbers may depend on beside the settings. `runs`: what their ends are
+    good for, `VERDICTS` or `TRAJECTORIES`."""
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in VERSIONED},
         "device": f"{device.platform} ({device.device_kind})",
         "dtype": dtype,
+        **({} if runs is None else {"runs": runs}),
     }
 
 

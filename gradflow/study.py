@@ -20,6 +20,8 @@ from .types import Key, P
 
 
 F = TypeVar("F")
+# "mixed": descents in float32, verdicts in float64.
+DTYPES = ("float64", "float32", "mixed")
 
 
 class Study(eqx.Module, Generic[P, F]):
@@ -70,26 +72,32 @@ class Outcome(eqx.Module, Generic[P, F]):
 
 @contextlib.contextmanager
 def precision(dtype: str):
-    """A context in which new arrays have this dtype, whatever jax's global flag.
+    """A context in which new arrays have this dtype, whatever jax's global flag:
+    float64 for "mixed".
 
-    **Raises:** `ValueError` unless dtype is float64 or float32.
+    **Raises:** `ValueError` unless dtype is one of `DTYPES`.
     """
-    if dtype not in ("float64", "float32"):
-        raise ValueError(f"dtype={dtype!r} must be float64 or float32")
-    with jax.enable_x64(dtype == "float64"):
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    with jax.enable_x64(dtype != "float32"):
         yield
 
 
 def find_device(name: str | None) -> Any:
-    """The first device of a kind: cpu, gpu, tpu; `None` is jax's own choice.
+    """The first device of a kind, see `find_devices`."""
+    return find_devices(name)[0]
+
+
+def find_devices(name: str | None) -> list[Any]:
+    """This process's devices of a kind: cpu, gpu, tpu; `None` is jax's own choice.
 
     **Raises:** `ValueError` if there is none.
     """
     if name is None:
-        return jax.devices()[0]
+        return jax.local_devices()
     present = sorted({device.platform for device in jax.devices()} | {"cpu"})
     try:
-        return jax.devices(name)[0]
+        return jax.local_devices(backend=name)
     except RuntimeError:
         extra = {"gpu": "jax[cuda13]", "cuda": "jax[cuda13]", "tpu": "jax[tpu]"}
         install = f"install {extra[name]} or " if name in extra else ""
@@ -109,10 +117,13 @@ def run_study(
 ) -> Outcome[P, F]:
     """Runs every draw. Draw i depends on `study`, `key` and i only.
 
+    An `Integrator` runs on all devices of the kind, each with its own queue and batch.
+
     **Arguments:**
 
     - `dtype`: all of the study's arrays are converted to it, and it holds whatever
-      jax's global flag says.
+      jax's global flag says. "mixed": the float64 starts are rounded and descended in
+      float32, and their ends are inspected in float64.
     - `device`: cpu, gpu or tpu.
     - `progress`: a bar of draws done on stderr; by default when that is a terminal.
 
@@ -121,24 +132,48 @@ def run_study(
     the denominator.
     """
     _check_key(key)
-    with precision(dtype), jax.default_device(find_device(device)):
-        convert = lambda leaf: (
-            jnp.asarray(leaf, dtype) if eqx.is_inexact_array(leaf) else leaf
-        )
-        study = jax.tree.map(convert, study)
+    devices = find_devices(device)
+    with precision(dtype), jax.default_device(devices[0]):
+        inspected = _converted(study, "float64" if dtype == "mixed" else dtype)
+        study = inspected
+        if dtype == "mixed":
+            study = _converted(study, "float32")
+            study = eqx.tree_at(
+                lambda s: s.initialize, study, _Rounded(inspected.initialize)
+            )
         seconds = {"first batches": 0.0, "other batches": 0.0}
         # tqdm: None means off where stderr is no terminal.
         hide = None if progress is None else not progress
         with tqdm(total=study.draws, unit=" draws", disable=hide) as bar:
-            solution = _descend_all(study, key, seconds, bar)
+            solution = _descend_all(study, key, seconds, bar, devices)
+            if dtype == "mixed":
+                solution = _converted(solution, "float64")
             finding = _in_batches(
-                partial(_inspect, study.inspect),
+                partial(_inspect, inspected.inspect),
                 solution,
                 study,
                 seconds,
                 lambda found: None,
             )
     return Outcome(solution, finding, seconds)
+
+
+class _Rounded(eqx.Module):
+    """Starts of another initializer, in float32."""
+
+    initialize: Callable[[Key], Any]
+
+    def __call__(self, key):
+        return _converted(self.initialize(key), "float32")
+
+
+def _converted(tree, dtype):
+    """Its floating arrays in another dtype, numpy's as numpy's."""
+    inexact = lambda leaf: (
+        isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+        and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    )
+    return jax.tree.map(lambda x: x.astype(dtype) if inexact(x) else x, tree)
 
 
 def _check_key(key):
@@ -152,9 +187,9 @@ def _check_key(key):
         )
 
 
-def _descend_all(study, key, seconds, bar):
+def _descend_all(study, key, seconds, bar, devices):
     if isinstance(study.descend, Integrator):
-        return _descend_refilled(study, key, seconds, bar)
+        return _descend_refilled(study, key, seconds, bar, devices)
     points = _in_batches(
         partial(_initialize, study.initialize, key),
         np.arange(study.draws),
@@ -171,11 +206,11 @@ def _descend_all(study, key, seconds, bar):
     )
 
 
-def _descend_refilled(study, key, seconds, bar):
+def _descend_refilled(study, key, seconds, bar, devices):
     blocks = []
     stage, began = "first batches", time.perf_counter()
     for solution, _ in descend(
-        study.descend, study.initialize, key, study.draws, study.batch
+        study.descend, study.initialize, key, study.draws, study.batch, devices
     ):
         blocks.append(solution)
         seconds[stage] += time.perf_counter() - began

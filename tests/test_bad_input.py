@@ -487,7 +487,7 @@ RUN = {
     "--digit 1 --data gaussian": "digit=1",
     "--tolerance 1e-9 --rtol 1e-9": "can't be reached with solver tolerance 1e-09",
     "--dtype float32 --tolerance 1e-4": "below what float32 can reach",
-    "--dtype float16": '"float64", "float32"',
+    "--dtype float16": '"float64", "float32", "mixed"',
     "--device x": '"cpu", "gpu", "tpu"',
     "--device tpu": "device=tpu asked, but JAX sees only",
     "--data mnits": 'Did you mean "mnist"?',

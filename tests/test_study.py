@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from typing import Any
 
 import equinox as eqx
@@ -14,9 +17,11 @@ from gradflow import (
     GaussianInit,
     GradientFlow,
     integrate,
+    Integrator,
     KIND,
     names_of,
     RESULTS,
+    RULE,
     run_study,
     Solution,
     Study,
@@ -274,6 +279,63 @@ def test_float32_of_a_network(outcome_by_eight):
         assert leaf.dtype == np.float32
     certified = outcome_by_eight.finding.kind == KIND.global_minimum
     np.testing.assert_array_equal(outcome.finding, certified)
+
+
+def test_verdicts_in_float64_of_runs_in_float32():
+    """The draws of float64, rounded; the same verdicts; ends of float32 precision."""
+    exact = _network_study(40, 8)
+    study = eqx.tree_at(
+        lambda s: s.descend,
+        exact,
+        Integrator(
+            GradientFlow(exact.descend.keywords["stop"].energy),
+            stop=exact.descend.keywords["stop"],
+            tolerance=1e-3,
+        ),
+    )
+    one, other = (run_study(study, jr.key(5), dtype=d) for d in ("float64", "mixed"))
+    for name, members in (("kind", KIND), ("rule", RULE)):
+        a, b = (names_of(members, getattr(x.finding, name)) for x in (one, other))
+        assert np.array_equal(a, b)
+    assert np.all(names_of(KIND, one.finding.kind) == "global_minimum")
+    ends = (outcome.solution.point.weights for outcome in (one, other))
+    for a, b in zip(*ends, strict=True):
+        assert b.dtype == np.float64 and np.array_equal(b, b.astype(np.float32))
+        assert not np.array_equal(a, a.astype(np.float32))
+    # To a step: both stop at the first that certifies them.
+    assert np.allclose(one.solution.time, other.solution.time, atol=0.7)
+
+
+def test_two_devices_change_no_bit(tmp_path):
+    """Each has a queue of its own."""
+    program = """if True:
+        import sys
+        import jax, jax.random as jr, numpy as np
+        import gradflow as gf
+        if sys.argv[1] == "2":
+            assert len(jax.devices()) == 2
+        def outcome():
+            theory = gf.theory.LinearTheory(energy, 2)
+            descend = gf.Integrator(gf.GradientFlow(energy), stop=theory.certificate)
+            inspect = lambda solution: solution.time
+            study = gf.Study(gf.GaussianInit((4, 2, 4), 0.3), descend, inspect, 60, 8)
+            return gf.run_study(study, jr.key(0), progress=False).solution
+        jax.config.update("jax_enable_x64", True)
+        energy = gf.models.SquaredLoss(gf.datasets.gaussian(jr.key(1), 4, 20))
+        found = jax.tree.leaves(outcome())
+        np.savez(sys.argv[2], *found)
+    """
+    files = []
+    for count in ("1", "2"):
+        files.append(tmp_path / f"{count}.npz")
+        flags = f"--xla_force_host_platform_device_count={count}"
+        environment = {**os.environ, "XLA_FLAGS": flags}
+        command = [sys.executable, "-c", program, count, str(files[-1])]
+        subprocess.run(command, env=environment, check=True)
+    one, two = (np.load(file) for file in files)
+    assert len(one.files) > 5
+    for name in one.files:
+        np.testing.assert_array_equal(one[name], two[name])
 
 
 def test_precision_is_left_again():

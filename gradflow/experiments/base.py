@@ -9,6 +9,7 @@ import numpy as np
 from cyclopts import Parameter
 
 from ..solve import checked_tolerances
+from ..study import DTYPES
 
 
 # Larger counts don't fit jax's 32-bit integers, larger seeds are cut to 32 bits there.
@@ -38,8 +39,8 @@ class RunConfig:
     "Flow time at which a run is stopped."
     max_steps: int = 4096
     "Steps per solver before the next one takes over."
-    dtype: Literal["float64", "float32"] = "float64"
-    "Arithmetic."
+    dtype: Literal["float64", "float32", "mixed"] = "float64"
+    "Arithmetic; mixed: runs in float32, verdicts in float64."
     device: Literal["cpu", "gpu", "tpu"] | None = None
     "Where to run; by default jax's own choice."
 
@@ -51,11 +52,12 @@ class RunConfig:
             positive(self, name, infinite=name == "horizon")
         if self.rtol is not None:
             positive(self, "rtol")
-        one_of(self, "dtype", ("float64", "float32"))
+        one_of(self, "dtype", DTYPES)
         if self.device is not None:
             one_of(self, "device", ("cpu", "gpu", "tpu"))
         # What `integrate` would refuse, before anything is computed.
-        checked_tolerances(self.tolerance, self.rtol, np.dtype(self.dtype))
+        runs = np.dtype("float32" if self.dtype == "mixed" else self.dtype)
+        checked_tolerances(self.tolerance, self.rtol, runs)
 
 
 def whole_number(config: object, name: str, *, least: int, most: int) -> None:

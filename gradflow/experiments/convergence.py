@@ -24,7 +24,7 @@ from ..flow import GradientFlow
 from ..initial import GaussianInit, OrthogonalInit, section7_widths
 from ..models.linear import SquaredLoss
 from ..moments import Moments
-from ..report import environment, Report
+from ..report import environment, Report, VERDICTS
 from ..solve import integrate, Integrator, TOLERANCE_RATIO
 from ..study import find_device, Outcome, precision, run_study, Study
 from ..theory.linear import LinearTheory, TIE
@@ -121,7 +121,7 @@ def run(config: Config, *, progress: bool | None = None) -> Report:
             "convergence",
             CLAIM,
             dataclasses.asdict(config),
-            environment(config.dtype, device),
+            environment(config.dtype, device, VERDICTS),
             rows,
             notes,
             {"panels": panels},

@@ -31,7 +31,7 @@ from ..manifolds.fixed_rank import FixedRank
 from ..models.linear import LinearMap, SquaredLoss
 from ..models.low_rank import LowRank
 from ..moments import Moments
-from ..report import environment, Report
+from ..report import environment, Report, TRAJECTORIES
 from ..solution import RESULTS
 from ..solve import integrate, TOLERANCE_RATIO
 from ..study import find_device, precision
@@ -135,7 +135,7 @@ def run(config: Config, *, progress: bool | None = None) -> Report:
         "equivalence",
         CLAIM,
         dataclasses.asdict(config),
-        environment(config.dtype, device),
+        environment(config.dtype, device, TRAJECTORIES),
         rows,
         notes,
         {"title": title, "panels": panels},

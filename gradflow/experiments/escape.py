@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from cyclopts import Parameter
 
-from ..report import environment, Report
+from ..report import environment, Report, TRAJECTORIES
 from ..solve import TOLERANCE_RATIO
 from ..study import find_device, precision
 from ..theory.dynamics import remark42
@@ -117,7 +117,7 @@ def run(config: Config, *, progress: bool | None = None) -> Report:
         "escape",
         CLAIM,
         dataclasses.asdict(config),
-        environment(config.dtype, device),
+        environment(config.dtype, device, TRAJECTORIES),
         rows,
         [_slope_note(slope) for slope in slopes if slope["decades"]]
         + _notes(series, found),

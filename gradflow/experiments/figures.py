@@ -27,7 +27,7 @@ from ..critical import classify, describe, KIND
 from ..flow import GradientFlow
 from ..initial import section7_widths
 from ..models.linear import DeepLinear, SquaredLoss
-from ..report import environment, Report
+from ..report import environment, Report, TRAJECTORIES
 from ..solution import RESULTS, Solution
 from ..solve import integrate, TOLERANCE_RATIO
 from ..study import find_device, precision
@@ -118,7 +118,7 @@ def run(config: Config, *, progress: bool | None = None) -> Report:
             "figures",
             CLAIM,
             dataclasses.asdict(config),
-            environment(config.dtype, device),
+            environment(config.dtype, device, TRAJECTORIES),
             [row.table for row in rows],
             [note for row in rows for note in row.notes],
             {"title": f"Figure {config.figure}: {entry.title}"}

@@ -32,7 +32,7 @@ from ..manifolds.fixed_rank import FixedRank
 from ..models.linear import SquaredLoss
 from ..models.low_rank import LowRank
 from ..moments import Moments
-from ..report import environment, Report
+from ..report import environment, Report, VERDICTS
 from ..solve import integrate, Integrator
 from ..solvers.stiff import stiff
 from ..study import find_device, Outcome, precision, run_study, Study
@@ -120,7 +120,7 @@ def run(config: Config, *, progress: bool | None = None) -> Report:
             "saddle_avoidance",
             CLAIM,
             dataclasses.asdict(config),
-            environment(config.dtype, device),
+            environment(config.dtype, device, VERDICTS),
             job.rows,
             job.notes,
             {"panels": job.panels},

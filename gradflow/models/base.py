@@ -5,6 +5,7 @@ from typing import Generic
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from ..types import P, Scalar
@@ -27,8 +28,8 @@ class AbstractEnergy(eqx.Module, Generic[P]):
 
 
 class EnergyBelow(eqx.Module, Generic[P]):
-    """A predicate on points: their energy, `noise` times its size added, is below
-    `level`.
+    """A predicate on points: their energy, with `noise` roundings of its size added, is
+    below `level`.
 
     Of all stopping rules the cheapest, and one that a batch of runs can look at in
     whatever form it keeps its points.
@@ -44,4 +45,5 @@ class EnergyBelow(eqx.Module, Generic[P]):
 
     def holds(self, energy):
         """For an energy, or an array of energies."""
-        return energy + self.noise * (energy + self.offset) < self.level
+        rounding = self.noise * jnp.finfo(energy.dtype).eps
+        return energy + rounding * (energy + self.offset) < self.level

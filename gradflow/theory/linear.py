@@ -240,7 +240,7 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
         return EnergyBelow(
             self.energy,
             level=optimal + (1 - 1e-6) * self._least_gap(),
-            noise=jnp.full_like(optimal, 500 * jnp.finfo(optimal.dtype).eps),
+            noise=jnp.full_like(optimal, 500),
             offset=jnp.trace(self.energy.moments.yy),
         )
 

@@ -6,7 +6,11 @@ For each workload (a network, its data, many random starts) the same lanes by:
   velocity (the baseline) or with automatic differentiation, and with gradflow's loss
   certificate as the event;
 - an ensemble of gradflow with the same method, tolerance and stopping gradient;
-- an ensemble of gradflow that stops at the certificate (verdicts).
+- the same with method="auto": Tsit5, then RKC2 in lanes that are stiff;
+- an ensemble of gradflow that stops at the certificate (verdicts), also in float32 with
+  the verdict in float64 (mixed).
+
+D2 is too stiff for Tsit5: its baseline is diffrax's Kvaerno5.
 
 Beside each time: velocities per lane, the share of lane steps that were idle, how many
 lanes ended below the certificate's level, and for ensembles the error of W at a fixed
@@ -59,12 +63,16 @@ class Workload:
     resident: int
     scale: float = 1.0
     few: int | None = None
+    # Data: of a teacher of rank 5, with this condition number of xx.
+    condition: float | None = None
+    gradient: float = GRADIENT
 
 
 FULL = (
     Workload("A", (20, 2, 11, 20), 1024, 64, few=48),
     Workload("B", (5, 2, 5), 4096, 128),
     Workload("C", (200, 20, 65, 110, 155, 200), 16, 16, few=2),
+    Workload("D2", (20, 5, 20), 256, 64, few=4, condition=1e4, gradient=1e-6),
     Workload("E", (10, 2, 6, 10), 1024, 64, scale=0.02),
 )
 SMOKE = (
@@ -110,8 +118,11 @@ def draw(workload: Workload) -> Problem:
     width = workload.widths[0]
     key, data_key, *_ = jr.split(jr.key(0), 5)
     x = jr.normal(data_key, (3 * width, width))
-    size = jnp.linalg.norm(gf.Moments.from_data(x).xy) ** 0.5
-    moments = gf.Moments.from_data(x / size)
+    if workload.condition is None:
+        size = jnp.linalg.norm(gf.Moments.from_data(x).xy) ** 0.5
+        moments = gf.Moments.from_data(x / size)
+    else:
+        moments = taught(x, data_key, workload.condition)
     energy = gf.models.SquaredLoss(moments)
     return Problem(
         workload,
@@ -122,6 +133,16 @@ def draw(workload: Workload) -> Problem:
     )
 
 
+def taught(x, key, condition: float) -> gf.Moments:
+    """Moments of inputs with this condition number and a linear teacher of rank 5."""
+    left, _, right = jnp.linalg.svd(x, full_matrices=False)
+    x = left * jnp.geomspace(1, condition**-0.5, x.shape[1]) @ right
+    one, two = jr.normal(jr.fold_in(key, 1), (2, x.shape[1], 5))
+    y = x @ one @ two.T / x.shape[1]
+    size = jnp.linalg.norm(gf.Moments.from_data(x, y).xy) ** 0.5
+    return gf.Moments.from_data(x / size, y / size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Ends:
     """Where the lanes ended, and what it took."""
@@ -129,11 +150,15 @@ class Ends:
     certified: np.ndarray
     energies: np.ndarray
     velocities: float
-    idle: float
+    idle: float | None
 
 
-def by_diffrax(problem: Problem, lanes: int, velocity, event) -> timing.Candidate:
+def by_diffrax(
+    problem: Problem, lanes: int, velocity, event, solver=None
+) -> timing.Candidate:
     """All lanes in one vmapped solve that runs until the last one is done."""
+    solver = diffrax.Tsit5() if solver is None else solver
+    gradient = problem.workload.gradient
     flow, theory = problem.flow, problem.theory
     terms = diffrax.ODETerm(lambda t, y, args: velocity(args, y))
     control = diffrax.PIDController(rtol=RTOL, atol=1e-3 * RTOL)
@@ -141,14 +166,16 @@ def by_diffrax(problem: Problem, lanes: int, velocity, event) -> timing.Candidat
     def one(flow, theory, start):
         solution = diffrax.diffeqsolve(
             terms,
-            diffrax.Tsit5(),
+            solver,
             0.0,
             FOREVER,
             None,
             start,
             flow,
             stepsize_controller=control,
-            event=diffrax.Event(lambda t, y, args, **_: event(flow, theory, y)),
+            event=diffrax.Event(
+                lambda t, y, args, **_: event(flow, theory, y, gradient)
+            ),
             max_steps=MOST_STEPS,
             throw=False,
         )
@@ -168,11 +195,11 @@ def diffrax_ends(result) -> Ends:
     return Ends(certified, energies, 7 * steps.mean(), float(idle))
 
 
-def small(flow, theory, point):
-    return flow.speed(point) <= GRADIENT
+def small(flow, theory, point, gradient):
+    return flow.speed(point) <= gradient
 
 
-def certain(flow, theory, point):
+def certain(flow, theory, point, gradient):
     return theory.certificate(point)
 
 
@@ -205,25 +232,55 @@ def by_gradflow(problem: Problem, lanes: int, **settings: Any) -> timing.Candida
     return timing.warmed(call)
 
 
+def by_study(problem: Problem, lanes: int, dtype: str, **settings) -> timing.Candidate:
+    """A whole study: an ensemble, and the verdict of each end."""
+    study = gf.Study(
+        problem.start,
+        gf.Integrator(problem.flow, max_steps=MOST_STEPS, **settings),
+        eqx.Partial(certified, problem.theory),
+        draws=lanes,
+        batch=min(problem.workload.resident, lanes),
+    )
+    return timing.warmed(
+        lambda: gf.run_study(study, problem.key, dtype=dtype, progress=False)
+    )
+
+
+def certified(theory, solution):
+    return theory.certificate(solution.point)
+
+
+def study_ends(outcome) -> Ends:
+    solution = outcome.solution
+    mean = float(solution.stats["velocities"].mean())
+    return Ends(outcome.finding, solution.energy, mean, None)
+
+
 def gradflow_ends(problem: Problem, result) -> Ends:
     solutions = [solution for solution, _ in result]
     energies = np.concatenate([solution.energy for solution in solutions])
     used = sum(steps["used"] for _, steps in result)
     every = sum(steps["all"] for _, steps in result)
     certified = np.asarray(problem.theory.certificate.holds(jnp.asarray(energies)))
-    # Two for the first step; the last of a step is the first of the next.
-    velocities = 2 + 6 * used / len(energies)
+    counted = [solution.stats["velocities"] for solution in solutions]
+    velocities = float(np.concatenate(counted).mean())
     return Ends(certified, energies, velocities, 1 - used / every)
 
 
-def error_at(problem: Problem, rtol: float, lanes: int = 4) -> float:
+def error_at(problem: Problem, rtol: float, method, lanes: int = 4) -> float:
     """Of the product at time 20, the largest over lanes, relative to its size."""
     horizon = 20.0
     never = EnergyBelow(
         problem.flow.energy, jnp.asarray(-jnp.inf), jnp.zeros(()), jnp.zeros(())
     )
     integrator = gf.Integrator(
-        problem.flow, horizon=horizon, rtol=rtol, tolerance=1e3 * rtol, stop=never
+        problem.flow,
+        horizon=horizon,
+        rtol=rtol,
+        tolerance=1e3 * rtol,
+        stop=never,
+        method=method,
+        max_steps=MOST_STEPS,
     )
     ((solution, _),) = descend(integrator, problem.start, problem.key, lanes, lanes)
     found = jax.vmap(lambda point: point.matrix())(solution.point)
@@ -248,40 +305,81 @@ def error_at(problem: Problem, rtol: float, lanes: int = 4) -> float:
     return float(jnp.max(errors / jnp.linalg.norm(expected, axis=(1, 2))))
 
 
-def candidates(problem: Problem, naively: bool) -> dict[str, Any]:
-    """What is compared, and how to read its result; the first one is the baseline."""
-    lanes = problem.workload.lanes
-    few = problem.workload.few or lanes
+TSIT5, AUTO = diffrax.Tsit5(), "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Something to time on `lanes` lanes, and how to read its result. Of ensembles:
+    their tolerance and method, with which the error of W is measured."""
+
+    lanes: int
+    make: Callable[[], timing.Candidate]
+    read: Callable[[Any], Ends]
+    accuracy: tuple[float, Any] | None = None
+
+
+def candidates(problem: Problem, naively: bool) -> dict[str, Row]:
+    """What is compared; the first one is the baseline."""
+    workload = problem.workload
+    lanes, few = workload.lanes, workload.few or workload.lanes
     ours = lambda result: gradflow_ends(problem, result)
-    gradient = {"rtol": RTOL, "tolerance": GRADIENT}
     stop = problem.theory.certificate
-    made: dict[str, tuple[int, Callable[[], timing.Candidate], Any]] = {
-        "diffrax, our velocity, gradient": (
+    verdict = {"rtol": VERDICT_RTOL, "tolerance": 1e-1, "stop": stop}
+    made = {}
+    if workload.condition is None:
+        made |= by_tsit5(problem, few, naively)
+    else:
+        made[f"diffrax Kvaerno5, our velocity, gradient {workload.gradient:g}"] = Row(
             few,
-            lambda: by_diffrax(problem, few, fast, small),
+            lambda: by_diffrax(problem, few, fast, small, diffrax.Kvaerno5()),
             diffrax_ends,
-        ),
-        "diffrax, autodiff, gradient": (
-            few,
-            lambda: by_diffrax(problem, few, naive, small),
-            diffrax_ends,
-        ),
-        "diffrax, our velocity, certificate": (
-            few,
-            lambda: by_diffrax(problem, few, fast, certain),
-            diffrax_ends,
-        ),
-        "gradflow, gradient": (
-            few,
-            lambda: by_gradflow(problem, few, **gradient),
-            ours,
-        ),
-        "gradflow, verdicts": (
+        )
+    gradient = {"rtol": RTOL, "tolerance": workload.gradient}
+    made["gradflow auto, gradient"] = Row(
+        lanes,
+        lambda: by_gradflow(problem, lanes, method=AUTO, **gradient),
+        ours,
+        (RTOL, AUTO),
+    )
+    for name, method in (("auto", AUTO), ("Tsit5", TSIT5)):
+        if method is AUTO or workload.condition is None and not workload.few:
+            made[f"gradflow {name}, verdicts"] = Row(
+                lanes,
+                lambda method=method: by_gradflow(
+                    problem, lanes, method=method, **verdict
+                ),
+                ours,
+                (VERDICT_RTOL, method),
+            )
+    for dtype in ("float64", "mixed"):
+        made[f"gradflow study, verdicts, {dtype}"] = Row(
             lanes,
+            lambda dtype=dtype: by_study(problem, lanes, dtype, **verdict),
+            study_ends,
+        )
+    return made
+
+
+def by_tsit5(problem: Problem, few: int, naively: bool) -> dict[str, Row]:
+    """diffrax, and gradflow with the same method, tolerance and stopping gradient."""
+    made = {
+        "diffrax, our velocity, gradient": Row(
+            few, lambda: by_diffrax(problem, few, fast, small), diffrax_ends
+        ),
+        "diffrax, autodiff, gradient": Row(
+            few, lambda: by_diffrax(problem, few, naive, small), diffrax_ends
+        ),
+        "diffrax, our velocity, certificate": Row(
+            few, lambda: by_diffrax(problem, few, fast, certain), diffrax_ends
+        ),
+        "gradflow Tsit5, gradient": Row(
+            few,
             lambda: by_gradflow(
-                problem, lanes, rtol=VERDICT_RTOL, tolerance=1e-1, stop=stop
+                problem, few, method=TSIT5, rtol=RTOL, tolerance=GRADIENT
             ),
-            ours,
+            lambda result: gradflow_ends(problem, result),
+            (RTOL, TSIT5),
         ),
     }
     if not naively:
@@ -292,33 +390,50 @@ def candidates(problem: Problem, naively: bool) -> dict[str, Any]:
 def bench(workload: Workload, repeats: int, naively: bool) -> list[dict[str, Any]]:
     problem = draw(workload)
     made = candidates(problem, naively)
-    ready = {name: make() for name, (_, make, _) in made.items()}
+    ready = {name: row.make() for name, row in made.items()}
     timings = timing.interleave(ready, repeats=repeats)
     rows = []
-    for name, (lanes, _, read) in made.items():
-        ends = read(timings[name].result)
-        per_lane = timings[name].median / lanes
+    flops = flops_of(problem)
+    for name, row in made.items():
+        ends = row.read(timings[name].result)
+        per_lane = timings[name].median / row.lanes
         base = next(iter(rows), None)
         per_base = per_lane if base is None else base["us per lane"] / 1e6
-        ours = name.startswith("gradflow")
-        rtol = VERDICT_RTOL if "verdict" in name else RTOL
+        error = None if row.accuracy is None else error_at(problem, *row.accuracy)
         rows.append(
             {
                 "workload": f"{workload.name} {'-'.join(map(str, workload.widths))}",
                 "what": name,
-                "lanes": lanes,
+                "lanes": row.lanes,
                 "us per lane": 1e6 * per_lane,
                 "spread": timings[name].spread,
                 "speed over baseline": per_base / per_lane,
                 "velocities": ends.velocities,
                 "idle": ends.idle,
+                "Gflop/s": 1e-9 * flops * ends.velocities / per_lane,
                 "certified": int(ends.certified.sum()),
-                "error of W": error_at(problem, rtol) if ours else None,
+                "error of W": error,
                 "compile s": ready[name].compile,
                 "samples s": timings[name].samples,
             }
         )
     return rows
+
+
+def flops_of(problem: Problem) -> float:
+    """Of one velocity, as XLA counts them."""
+    start = problem.start(problem.key)
+    program = jax.jit(lambda flow, point: flow.velocity(point))
+    costs = program.lower(problem.flow, start).compile().cost_analysis()
+    return float(costs["flops"]) if costs else 0.0
+
+
+def matmul_rate(size: int = 1024) -> float:
+    """Gflop/s of a large product of matrices, the most this machine gives."""
+    left = jr.normal(jr.key(0), (size, size))
+    program, _ = timing.compiled(lambda a: a @ a, left)
+    found = timing.interleave({"product": timing.Candidate(lambda: program(left))})
+    return 2e-9 * size**3 / found["product"].median
 
 
 def failures(rows: list[dict[str, Any]]) -> list[str]:
@@ -332,7 +447,8 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
                 f"{row['what']} on {row['workload']}: error of W {error:.2g} is above "
                 f"{allowed:.2g}"
             )
-        if row["what"] == "gradflow, verdicts" and row["certified"] < row["lanes"]:
+        verdicts = row["what"].startswith("gradflow") and "verdicts" in row["what"]
+        if verdicts and row["certified"] < row["lanes"]:
             found.append(
                 f"{row['what']} on {row['workload']}: {row['certified']} of "
                 f"{row['lanes']} lanes certified"
@@ -369,7 +485,11 @@ def main(arguments: list[str] | None = None) -> int:
         for row in more:
             print(timing.table([row]).splitlines()[-1], flush=True)
         rows += more
-    setting = {**timing.machine("float64"), "repeats": repeats}
+    setting = {
+        **timing.machine("float64"),
+        "repeats": repeats,
+        "Gflop/s of matrix products": f"{matmul_rate():.0f}",
+    }
     print(f"\n{timing.text(rows, setting)}")
     if given.out is not None:
         timing.write(given.out, "ensemble", rows, setting)

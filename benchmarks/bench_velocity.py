@@ -21,14 +21,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import timing
+import torch_peers
 from scipy.integrate import solve_ivp
 
 import gradflow as gf
+from gradflow.ensemble import descend
+from gradflow.models.base import EnergyBelow
 
 
 TITLE = "Velocity of a deep linear network, and a run of it, against baselines."
@@ -64,6 +69,23 @@ FULL = (
 SMOKE = (Workload((5, 2, 5), 8, 2, 1.0), Workload((6, 2, 4, 6), 8, 2, 1.0))
 
 
+class Start(eqx.Module):
+    """Entries of $W_j$ are $N(0, 1/d_j)$."""
+
+    widths: tuple[int, ...] = eqx.field(static=True)
+    dtype: str = eqx.field(static=True)
+
+    def __call__(self, key):
+        keys = jr.split(key, len(self.widths) - 1)
+        shapes = zip(keys, self.widths[:-1], self.widths[1:], strict=True)
+        return gf.models.DeepLinear(
+            tuple(
+                jr.normal(key, (out, into), self.dtype) / out**0.5
+                for key, into, out in shapes
+            )
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A workload with its numbers drawn. `data` has samples as rows; every array of
@@ -73,6 +95,8 @@ class Problem:
     data: jax.Array
     moments: gf.Moments
     flow: gf.GradientFlow
+    start: "Start"
+    key: jax.Array
     starts: gf.models.DeepLinear
     horizon: float
 
@@ -82,18 +106,15 @@ def draw(workload: Workload, dtype: str) -> Problem:
     $N(0, 1/d_j)$."""
     width = workload.widths[0]
     samples = 3 * width
-    data_key, *keys = jr.split(jr.key(0), len(workload.widths))
+    data_key, key = jr.split(jr.key(0))
     data = jr.normal(data_key, (samples, width), dtype) / width**0.5
     moments = gf.Moments.from_data(data)
     flow = gf.GradientFlow(gf.models.SquaredLoss(moments))
-    shapes = zip(keys, workload.widths[:-1], workload.widths[1:], strict=True)
-    weights = tuple(
-        jr.normal(key, (workload.lanes, out, into), dtype) / out**0.5
-        for key, into, out in shapes
-    )
-    # Made by a transformation: a network checks its own shapes, a batch has one more.
-    starts = jax.vmap(lambda *matrices: gf.models.DeepLinear(matrices))(*weights)
-    return Problem(workload, data, moments, flow, starts, workload.horizon * samples)
+    start = Start(workload.widths, dtype)
+    each = lambda draw: start(jr.fold_in(key, draw))
+    starts = jax.vmap(each)(jnp.arange(workload.lanes))
+    until = workload.horizon * samples
+    return Problem(workload, data, moments, flow, start, key, starts, until)
 
 
 # Velocities: functions of all that they need, so that nothing is folded into the
@@ -181,6 +202,62 @@ def gradflow_run(problem: Problem, rtol: float, batch: int) -> timing.Candidate:
     )
 
 
+def ensemble_run(problem: Problem, rtol: float, method) -> timing.Candidate:
+    """All lanes, `BATCH` of them at once, refilled."""
+    integrator = gf.Integrator(
+        problem.flow,
+        horizon=problem.horizon,
+        rtol=rtol,
+        tolerance=1000 * rtol,
+        # Until the horizon, whatever the speed.
+        stop=EnergyBelow(
+            problem.flow.energy, jnp.asarray(-jnp.inf), jnp.zeros(()), jnp.zeros(())
+        ),
+        method=method,
+        max_steps=10**6,
+    )
+    lanes = problem.workload.lanes
+
+    def call():
+        ends = [
+            solution
+            for solution, _ in descend(
+                integrator, problem.start, problem.key, lanes, min(lanes, BATCH)
+            )
+        ]
+        arrived = [end.result == gf.RESULTS.horizon_reached for end in ends]
+        weights = [end.point.weights for end in ends]
+        return list(zip(weights, arrived, strict=True))
+
+    return timing.warmed(call)
+
+
+def peers(problem: Problem, rtol: float) -> dict[str, timing.Candidate]:
+    """The loops and solvers of others; scipy's RK45 is the baseline."""
+    few = problem.workload.scipy_lanes
+    made = {
+        f"scipy {method} loop": timing.Candidate(
+            lambda method=method: scipy_run(problem, rtol, method)
+        )
+        for method in ("RK45", "LSODA")
+    }
+    if torch_peers.INSTALLED:
+        arguments = (
+            np.array(problem.moments.xx),
+            np.array(problem.moments.xy).T,
+            [weight.shape[1:] for weight in problem.starts.weights],
+            flatten(problem.starts.weights)[:few],
+            problem.horizon,
+            rtol,
+        )
+        for name, run in (
+            ("torchdiffeq dopri5 loop", torch_peers.torchdiffeq_run),
+            ("torchode Tsit5", torch_peers.torchode_run),
+        ):
+            made[name] = timing.Candidate(lambda run=run: run(*arguments))
+    return made
+
+
 def scipy_run(problem: Problem, rtol: float, method: str = "RK45") -> np.ndarray:
     """The loop over lanes, with the velocity by backpropagation in NumPy."""
     xx, yx = np.asarray(problem.moments.xx), np.asarray(problem.moments.xy).T
@@ -238,18 +315,20 @@ def bench_velocities(problem: Problem, repeats: int) -> list[dict[str, Any]]:
 
 def bench_runs(problem: Problem, repeats: int, rtol: float) -> list[dict[str, Any]]:
     lanes, few = problem.workload.lanes, problem.workload.scipy_lanes
-    loop = timing.Candidate(lambda: scipy_run(problem, rtol))
-    candidates = {"scipy RK45 loop": loop}  # the baseline
+    others = peers(problem, rtol)
+    candidates = dict(others)
     for batch in (lanes, BATCH):
         if batch == lanes or (lanes > batch and lanes % batch == 0):
             name = f"gradflow integrate, {batch} at once"
             candidates[name] = gradflow_run(problem, rtol, batch)
+    for name, method in (("Tsit5", diffrax.Tsit5()), ("auto", "auto")):
+        candidates[f"gradflow ensemble, {name}"] = ensemble_run(problem, rtol, method)
     timings = timing.interleave(candidates, repeats=repeats)
     exact = scipy_run(problem, REFERENCE_RTOL, "DOP853")
     errors, counts = {}, {}
     for name in candidates:
         result = timings[name].result
-        if name == "scipy RK45 loop":
+        if name in others:
             errors[name], counts[name] = difference(result, exact), few
             continue
         if not all(bool(jnp.all(arrived)) for _, arrived in result):

@@ -29,6 +29,10 @@ from .base import LaidOutLanes, plus
 # Velocities that each lane computes between two looks at which steps are done; even,
 # and those of one estimate of a spectral radius.
 TURNS = 4
+# Power iterates that have become so much shorter or longer are not trusted: the radius
+# is tried again, so much smaller or larger.
+STRAYED = 100.0
+RETRIED = 10.0
 
 
 class Stages(NamedTuple):
@@ -46,6 +50,7 @@ class Stages(NamedTuple):
     radius: Float[Array, " lanes"]
     age: Int[Array, " lanes"]  # stages since the radius was estimated
     due: Bool[Array, " lanes"]
+    ahead: Float[Array, " lanes"]  # how far velocities are compared
     size: Float[Array, " lanes"]
     landing: Bool[Array, " lanes"]
     stage: Int[Array, " lanes"]
@@ -86,6 +91,7 @@ class ChebyshevLanes(LaidOutLanes):
             radius=curvature,
             age=nothing + KEPT,
             due=never,
+            ahead=zero,
             size=zero,
             landing=never,
             # No step is under way: the first round begins one.
@@ -157,6 +163,7 @@ class ChebyshevLanes(LaidOutLanes):
             newer=layout.choose(idle, ahead, stages.newer),
             velocity=layout.choose(idle, stages.before, stages.velocity),
             due=due,
+            ahead=length,
             **chosen,
         )
 
@@ -221,12 +228,20 @@ class ChebyshevLanes(LaidOutLanes):
         grown, length, shorter = (layout.sizes(tree) for tree in trees)
         last = stages.radius * length / jnp.where(shorter > 0, shorter, 1)
         radius = grown / jnp.where(length > 0, length, 1)
+        # A radius that was taken for much too large has shrunk the iterates into
+        # rounding, which would make it larger still; for much too small, has blown
+        # them up to where the field is another.
+        shrunk = length < stages.ahead / STRAYED
+        blown = ~(length < STRAYED * stages.ahead) | ~jnp.isfinite(grown)
+        lost = shrunk | blown
+        tried = jnp.where(shrunk, stages.radius / RETRIED, RETRIED * stages.radius)
+        radius = jnp.where(lost, tried, radius)
         usable = due & jnp.isfinite(radius) & (radius > 0)
         unit = layout.sum((1 / jnp.where(usable, grown, 1), image))
         # Unsettled, as at a start: the next step makes another.
-        unsettled = ~usable | (jnp.abs(radius - last) > UNKNOWN * radius)
+        unsettled = ~usable | lost | (jnp.abs(radius - last) > UNKNOWN * radius)
         return stages._replace(
-            direction=layout.choose(usable, unit, stages.direction),
+            direction=layout.choose(usable & ~lost, unit, stages.direction),
             radius=jnp.where(usable, radius, stages.radius),
             age=jnp.where(due, jnp.where(unsettled, KEPT, 0), stages.age),
         )

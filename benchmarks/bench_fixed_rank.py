@@ -114,7 +114,7 @@ def draw(workload: Workload) -> Problem:
 def columns_of(problem: Problem) -> Columns:
     """The layout of an ensemble of the balanced factors."""
     like = jax.tree.map(lambda leaf: leaf[0], problem.points[BALANCED])
-    (descent,) = gf.Integrator(problem.flows[BALANCED]).descents(like)
+    descent, *_ = gf.Integrator(problem.flows[BALANCED]).descents(like)
     layout = layout_of(descent, like)
     assert isinstance(layout, Columns)
     return layout

@@ -71,6 +71,16 @@ class End(eqx.Module, Generic[P]):
     start: P | None
 
 
+def continued(begun: State[P], before: State[P] | End[P]) -> State[P]:
+    """A state just begun, audited from where the run before it started."""
+    return eqx.tree_at(
+        lambda s: (s.broken, s.start),
+        begun,
+        (before.broken, before.start),
+        is_leaf=lambda x: x is None,
+    )
+
+
 class Descent(eqx.Module, Generic[P]):
     """A flow descended by one diffrax solver.
 
@@ -141,13 +151,7 @@ class Descent(eqx.Module, Generic[P]):
     def take_over(self, before: State[P] | End[P]) -> State[P]:
         """A run that goes on where another descent's stopped, counting its own steps
         but auditing from the same start."""
-        state = self.init(before.point, before.time)
-        return eqx.tree_at(
-            lambda s: (s.broken, s.start),
-            state,
-            (before.broken, before.start),
-            is_leaf=lambda x: x is None,
-        )
+        return continued(self.init(before.point, before.time), before)
 
     def step(self, state: State[P], horizon: Scalar) -> State[P]:
         """One trial step; changes nothing when the run is finished."""

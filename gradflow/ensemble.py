@@ -28,13 +28,13 @@ from .solvers.step_control import root_mean_square
 from .types import Key, P
 
 
-# Draws per lane whose ends stay on the device until they are fetched together. While
-# the last of them end the other lanes idle, so a longer queue wastes less: as long as
-# `MEMORY` bytes allow, of which a draw takes `KEPT` times those of its point.
-QUEUE = 32
-LONGEST_QUEUE = 128
+# Draws per lane whose ends stay on the device until they are fetched together: while
+# the last of them end the other lanes idle, so a longer queue wastes less. Shorter
+# where the states of its draws, `STATE` times as large as their points, would take
+# more than `MEMORY` bytes.
+QUEUE = 128
 MEMORY = 2**28
-KEPT = 8
+STATE = 8
 # The share of lanes that must have ended before they begin anew: a larger one leaves
 # more lanes idle, a smaller one starts so few at once that vectors stay empty.
 SHARE = 16
@@ -60,9 +60,9 @@ def descend(
     lanes = min(lanes, share)
     # One size of block, a multiple of the lanes: nothing is compiled twice.
     like = eqx.filter_eval_shape(initialize, key)
-    entries = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-    room = max(QUEUE, MEMORY // (KEPT * entries * lanes))
-    size = lanes * min(room, LONGEST_QUEUE, -(-share // lanes))
+    point = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    room = max(1, MEMORY // (STATE * point * lanes))
+    size = lanes * min(room, QUEUE, -(-share // lanes))
     blocks = [(first, min(size, draws - first)) for first in range(0, draws, size)]
     run = lambda block: _block(
         integrator, initialize, key, block[0], block[1], size, lanes

@@ -15,7 +15,7 @@ import pytest
 from gradflow import datasets
 from gradflow.audit import Audit
 from gradflow.critical import classify, KIND
-from gradflow.ensemble import descend, LONGEST_QUEUE
+from gradflow.ensemble import descend, QUEUE
 from gradflow.flow import GradientFlow
 from gradflow.initial import GaussianInit, section7_widths
 from gradflow.models.linear import SquaredLoss
@@ -113,11 +113,19 @@ def test_little_is_wasted(tsit5):
 def test_blocks_follow_each_other(integrator):
     """More draws than one block holds."""
     lanes = 4
-    draws = lanes * LONGEST_QUEUE + 9
+    draws = lanes * QUEUE + 9
     solution, blocks = everything(integrator, draws, lanes)
     assert len(blocks) == 2 and len(solution.time) == draws
     short, _ = everything(integrator, 12, lanes)
     assert equal(short, jax.tree.map(lambda leaf: leaf[:12], solution))
+
+
+def test_large_points_make_short_queues(integrator, reference, monkeypatch):
+    """Memory is bounded, and what a draw is does not depend on it."""
+    monkeypatch.setattr("gradflow.ensemble.MEMORY", 1)
+    solution, blocks = everything(integrator, 300, 32)
+    assert len(blocks) == 10
+    assert equal(solution, reference)
 
 
 class _Sometimes(eqx.Module):

@@ -396,6 +396,18 @@ def test_where_an_explicit_method_crawls():
         assert np.array_equal(one, other)
 
 
+def test_stabilised_steps_do_not_hover():
+    """Tsit5 can't come to rest at a speed close to its tolerance; RKC2 can."""
+    settings = {"rtol": 1e-4, "tolerance": 1e-4, "max_steps": 2000}
+    flow = GradientFlow(Valley(jnp.array([1e4, 1.0])))
+    with pytest.raises(ValueError, match="can't be reached with solver tolerance"):
+        integrate(flow, ONES, **settings)
+    solution = integrate(flow, ONES, method="auto", **settings)
+    assert solution.result == SUCCESSFUL and solution.speed <= 1e-4
+    with pytest.raises(ValueError, match="method='fast' must be 'auto' or a diffrax"):
+        integrate(flow, ONES, method="fast")
+
+
 def test_every_result_has_a_test():
     # The members that gradflow can produce are provoked above; adding one fails here.
     ours = set(names_of_members(RESULTS)) - set(names_of_members(diffrax.RESULTS))

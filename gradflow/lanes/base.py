@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..descent import coarse, Descent, End, State
+from ..descent import coarse, continued, Descent, End, State
 from ..layout import Rows
 from ..solution import RESULTS, SUCCESSFUL
 from ..types import Scalar
@@ -38,13 +38,7 @@ class Lanes(eqx.Module):
 
     def take_over(self, ends: End) -> State:
         """The states of runs that go on where those of another method ended."""
-        state = self.begin(ends.point, ends.time)
-        return eqx.tree_at(
-            lambda s: (s.broken, s.start),
-            state,
-            (ends.broken, ends.start),
-            is_leaf=lambda x: x is None,
-        )
+        return continued(self.begin(ends.point, ends.time), ends)
 
     def step(self, states: State, horizon: Scalar) -> State:
         """One round: a trial step, or part of one, of each that is not over."""

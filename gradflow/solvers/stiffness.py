@@ -14,16 +14,9 @@ CRAWLING = 2.5
 PATIENCE = 20
 
 
-def tells(solver: diffrax.AbstractSolver) -> bool:
-    """Whether the last two stages of a step are both at its end."""
-    if not isinstance(solver, diffrax.AbstractERK):
-        return False
-    tableau = cast(Any, solver).tableau
-    return bool(tableau.fsal and len(tableau.c) > 1 and tableau.c[-2] == 1)
-
-
 def ahead(solver: diffrax.AbstractSolver) -> np.ndarray:
-    r"""Factors of the slopes in the distance between the last two stages.
+    r"""Factors of the slopes in the distance between the last two stages, both of which
+    are at the step's end (as those of Tsit5).
 
     With $h\rho \approx |h (f(Y_s) - f(Y_{s-1}))| / |Y_s - Y_{s-1}|$ the step is seen in
     units of the field's fastest mode.

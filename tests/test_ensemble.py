@@ -75,16 +75,20 @@ def test_company_changes_no_bit(integrator, reference):
     assert equal(few, jax.tree.map(lambda leaf: leaf[:40], reference))
 
 
+def nearly(one, other):
+    """Other widths of vectors and lengths of queues are other programs, which round
+    differently; steps of 8 bits absorb it."""
+    assert np.array_equal(one.stats["steps"], other.stats["steps"])
+    assert np.allclose(one.time, other.time, rtol=1e-10)
+    assert np.allclose(one.energy, other.energy, rtol=1e-10)
+    for a, b in zip(one.point.weights, other.point.weights, strict=True):
+        assert np.allclose(a, b, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("lanes", [1, 7])
 def test_number_of_lanes_changes_nothing_to_speak_of(integrator, reference, lanes):
-    """Other widths of vectors round differently, and steps of 8 bits absorb it."""
     other, _ = everything(integrator, 30, lanes)
-    first = jax.tree.map(lambda leaf: leaf[:30], reference)
-    assert np.array_equal(other.stats["steps"], first.stats["steps"])
-    assert np.allclose(other.time, first.time, rtol=1e-10)
-    assert np.allclose(other.energy, first.energy, rtol=1e-10)
-    for a, b in zip(other.point.weights, first.point.weights, strict=True):
-        assert np.allclose(a, b, rtol=0, atol=1e-10)
+    nearly(other, jax.tree.map(lambda leaf: leaf[:30], reference))
 
 
 def test_a_draw_alone_is_integrate(integrator, reference):
@@ -125,7 +129,7 @@ def test_large_points_make_short_queues(integrator, reference, monkeypatch):
     monkeypatch.setattr("gradflow.ensemble.MEMORY", 1)
     solution, blocks = everything(integrator, 300, 32)
     assert len(blocks) == 10
-    assert equal(solution, reference)
+    nearly(solution, reference)
 
 
 class _Sometimes(eqx.Module):

@@ -29,11 +29,12 @@ from .initial import (
 from .moments import Moments as Moments
 from .report import read_report as read_report, Report as Report
 from .solve import integrate as integrate, Integrator as Integrator
+from .statistics import Fraction as Fraction, fraction as fraction
+from .store import Store as Store
 from .study import (
-    Fraction as Fraction,
-    fraction as fraction,
     Outcome as Outcome,
     precision as precision,
+    run_studies as run_studies,
     run_study as run_study,
     Study as Study,
 )

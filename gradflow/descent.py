@@ -290,6 +290,11 @@ class Descent(eqx.Module, Generic[P]):
         )
         return changed > CRAWLING * moved
 
+    @property
+    def tells(self) -> bool:
+        """Whether its solver tells how many velocities it takes."""
+        return isinstance(self.solver, (RKC2, diffrax.AbstractERK))
+
     def _spent(self, solver_state):
         """Velocities that a trial step took, if the solver is one that tells."""
         if isinstance(self.solver, RKC2):

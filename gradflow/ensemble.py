@@ -47,23 +47,28 @@ def descend(
     draws: int,
     lanes: int,
     devices: Sequence[Any] = (),
+    *,
+    first: int = 0,
+    whole: int | None = None,
 ) -> Iterator[tuple[Solution[P], dict[str, int]]]:
-    """The solutions of draws 0, 1, ... in blocks as they are done, as numpy arrays
-    with a leading axis of draws; and the work that the lanes did, `used` and `all`: in
+    """The solutions of `draws` draws in blocks as they are done, as numpy arrays with
+    a leading axis of draws; and the work that the lanes did, `used` and `all`: in
     velocities, or in trial steps where these are not counted.
 
-    Draw i starts at `initialize(fold_in(key, i))`. Given several `devices`, each takes
-    the next block when it is done with its last one.
+    Draw i starts at `initialize(fold_in(key, i))`; they are numbered from `first` on.
+    Given several `devices`, each takes the next block when it is done with its last
+    one. What is compiled is for `whole` draws, if that is given: another part of the
+    same study then comes out of the same program.
     """
     several = len(devices) > 1
-    share = -(-draws // max(1, len(devices)))
+    share = -(-(whole or draws) // max(1, len(devices)))
     lanes = min(lanes, share)
     # One size of block, a multiple of the lanes: nothing is compiled twice.
     like = eqx.filter_eval_shape(initialize, key)
     point = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
     room = max(1, MEMORY // (STATE * point * lanes))
     size = lanes * min(room, QUEUE, -(-share // lanes))
-    blocks = [(first, min(size, draws - first)) for first in range(0, draws, size)]
+    blocks = [(first + i, min(size, draws - i)) for i in range(0, draws, size)]
     run = lambda block: _block(
         integrator, initialize, key, block[0], block[1], size, lanes
     )
@@ -116,8 +121,15 @@ def _block(integrator, initialize, key, first, count, size, lanes):
         later, rounds = _pass(kept, states, end, jnp.asarray(left.size), few)
         _account(steps, kept, later, left.size, rounds, few)
         ends = _merged(ends, later, which, jnp.asarray(left.size))
+    if not all(descent.tells for descent in descents):
+        # All or none, whether or not a draw came to that descent.
+        ends = eqx.tree_at(lambda e: e.velocities, ends, None, is_leaf=_is_none)
     solution = jax.device_get(_solutions(descents[0], starts, ends, lanes))
     return jax.tree.map(lambda leaf: np.array(leaf[:count]), solution), steps
+
+
+def _is_none(leaf):
+    return leaf is None
 
 
 def lanes_of(descent: Descent, like: Any) -> Lanes:
@@ -277,7 +289,7 @@ def _merged(ends, later, which, count):
         lambda end: (end.steps, end.rejected, end.velocities),
         later,
         (before.steps + later.steps, before.rejected + later.rejected, velocities),
-        is_leaf=lambda x: x is None,
+        is_leaf=_is_none,
     )
     return jax.tree.map(
         lambda to, leaf: to.at[places].set(leaf, mode="drop"), ends, later

@@ -1,24 +1,18 @@
 """What a study found, as a file: configuration, environment, rows, curves."""
 
 import dataclasses
-import importlib.metadata
 import json
-import math
 import os
-import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-
-# The packages whose versions can change a number.
-VERSIONED = ("gradflow", "jax", "jaxlib", "diffrax", "equinox", "optimistix", "numpy")
-
-# What a run was for: its path is followed no further, or no more closely, than that.
-VERDICTS = "until the limit is certain (verdicts, no accurate trajectories)"
-TRAJECTORIES = "accurate to the tolerance all along (trajectories)"
+from .difference import FREE
+from .environment import (
+    environment as environment,
+    TRAJECTORIES as TRAJECTORIES,
+    VERDICTS as VERDICTS,
+)
+from .files import plain, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +41,7 @@ class Report:
     def to_json(self) -> str:
         """JSON text; numbers that JSON does not have (NaN, infinity) become null and
         strings."""
-        return json.dumps(_plain(dataclasses.asdict(self)), indent=1, allow_nan=False)
+        return json.dumps(plain(dataclasses.asdict(self)), indent=1, allow_nan=False)
 
     def to_markdown(self) -> str:
         """The claim, the table, and what it was made with."""
@@ -124,7 +118,7 @@ def check_folder(folder: Path, experiment: str, config: dict[str, Any]) -> None:
     """Checks that a report of this experiment with these settings can go to `folder`.
 
     **Raises:** `ValueError` if it is no folder, can't be written to, or holds the
-    report of other settings or a damaged one.
+    report of other settings (draws may be raised) or a damaged one.
     """
     present = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
@@ -133,11 +127,16 @@ def check_folder(folder: Path, experiment: str, config: dict[str, Any]) -> None:
     if not (folder / "report.json").exists():
         return
     found = read_report(folder)
-    mine = json.loads(json.dumps(_plain(config)))
+    mine = json.loads(json.dumps(plain(config)))
+    # A study goes on with more draws, or elsewhere.
+    goes_on = set(FREE)
+    if _whole(found.config.get("draws"), mine.get("draws")):
+        if mine["draws"] > found.config["draws"]:
+            goes_on.add("draws")
     differ = [
         f"{key} was {found.config.get(key)}, now {mine.get(key)}"
         for key in {**found.config, **mine}
-        if found.config.get(key) != mine.get(key)
+        if key not in goes_on and found.config.get(key) != mine.get(key)
     ]
     if found.experiment != experiment:
         differ = [f"experiment was {found.experiment}, now {experiment}"]
@@ -149,58 +148,14 @@ def check_folder(folder: Path, experiment: str, config: dict[str, Any]) -> None:
         )
 
 
+def _whole(*values: Any) -> bool:
+    return all(type(value) is int for value in values)
+
+
 def _damaged(path: Path, what: str) -> ValueError:
     return ValueError(
         f"{path} is damaged ({what}): move it away and run the study again"
     )
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that a crash leaves the old one or the new one, never a part."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def environment(dtype: str, device: Any, runs: str | None = None) -> dict[str, Any]:
-    """What the numbers may depend on beside the settings. `runs`: what their ends are
-    good for, `VERDICTS` or `TRAJECTORIES`."""
-    return {
-        "python": platform.python_version(),
-        **{name: _version(name) for name in VERSIONED},
-        "device": f"{device.platform} ({device.device_kind})",
-        "dtype": dtype,
-        **({} if runs is None else {"runs": runs}),
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    array = np.asarray(value)
-    if array.dtype == object and array.ndim == 0:
-        raise ValueError(f"{value!r} can't be stored: give numbers, text, lists, dicts")
-    return _plain(array.tolist())
 
 
 def _cell(value: Any) -> str:

@@ -1,27 +1,37 @@
-"""Many draws: initialize, descend, inspect; and what fraction of them did what."""
+"""Many draws: initialize, descend, inspect."""
 
-import contextlib
-import time
-from collections.abc import Callable
-from functools import partial
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from tqdm import tqdm
 
-from .ensemble import descend
+from .cell import Cell
+from .environment import environment, versions
+from .outcome import (
+    arrays_of,
+    fingerprint,
+    is_member,
+    Outcome as Outcome,
+    outcome_from,
+)
+from .precision import (
+    find_device as find_device,
+    find_devices,
+    precision as precision,
+)
+from .runner import Runner
 from .solution import Solution
-from .solve import Integrator
-from .types import Key, P
+from .store import slug_of, Store
+from .types import Key, names_of, P
 
 
 F = TypeVar("F")
-# "mixed": descents in float32, verdicts in float64.
-DTYPES = ("float64", "float32", "mixed")
+LOG = logging.getLogger("gradflow")
 
 
 class Study(eqx.Module, Generic[P, F]):
@@ -60,53 +70,6 @@ class Study(eqx.Module, Generic[P, F]):
                 )
 
 
-class Outcome(eqx.Module, Generic[P, F]):
-    """One `Solution` and one finding per draw: every leaf is a numpy array with a
-    leading axis of draws. `seconds`: of first batches, compilation included, and of
-    all others."""
-
-    solution: Solution[P]
-    finding: F
-    seconds: dict[str, float]
-
-
-@contextlib.contextmanager
-def precision(dtype: str):
-    """A context in which new arrays have this dtype, whatever jax's global flag:
-    float64 for "mixed".
-
-    **Raises:** `ValueError` unless dtype is one of `DTYPES`.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-    with jax.enable_x64(dtype != "float32"):
-        yield
-
-
-def find_device(name: str | None) -> Any:
-    """The first device of a kind, see `find_devices`."""
-    return find_devices(name)[0]
-
-
-def find_devices(name: str | None) -> list[Any]:
-    """This process's devices of a kind: cpu, gpu, tpu; `None` is jax's own choice.
-
-    **Raises:** `ValueError` if there is none.
-    """
-    if name is None:
-        return jax.local_devices()
-    present = sorted({device.platform for device in jax.devices()} | {"cpu"})
-    try:
-        return jax.local_devices(backend=name)
-    except RuntimeError:
-        extra = {"gpu": "jax[cuda13]", "cuda": "jax[cuda13]", "tpu": "jax[tpu]"}
-        install = f"install {extra[name]} or " if name in extra else ""
-        raise ValueError(
-            f"device={name} asked, but JAX sees only {', '.join(present)}: "
-            f"{install}use --device {present[0]}"
-        ) from None
-
-
 def run_study(
     study: Study[P, F],
     key: Key,
@@ -114,6 +77,7 @@ def run_study(
     dtype: str = "float64",
     device: str | None = None,
     progress: bool | None = None,
+    store: Store | None = None,
 ) -> Outcome[P, F]:
     """Runs every draw. Draw i depends on `study`, `key` and i only.
 
@@ -126,54 +90,127 @@ def run_study(
       float32, and their ends are inspected in float64.
     - `device`: cpu, gpu or tpu.
     - `progress`: a bar of draws done on stderr; by default when that is a terminal.
+    - `store`: keeps draws on disk as they are done; those it has are read.
 
-    **Raises:** `ValueError` for a key that is none, an unknown dtype or a device that
-    is not there. A draw that fails is no error: its `result` says so and it stays in
-    the denominator.
+    **Raises:** `ValueError` for a key that is none, an unknown dtype, a device that
+    is not there, or a store of another study; `RuntimeError` if the store can't be
+    written. A draw that fails is no error: its `result` says so and it stays in the
+    denominator.
     """
-    _check_key(key)
+    return run_studies(
+        {"study": (study, key)},
+        dtype=dtype,
+        device=device,
+        progress=progress,
+        store=store,
+    )["study"]
+
+
+def run_studies(
+    studies: Mapping[str, tuple[Study, Key]],
+    *,
+    dtype: str = "float64",
+    device: str | None = None,
+    progress: bool | None = None,
+    store: Store | None = None,
+) -> dict[str, Outcome]:
+    """Runs several studies, each with its key, as `run_study` does one.
+
+    **Raises:** also `ValueError` if draws of other shards are missing in the store.
+    """
+    likes: dict[str, Any] = {}
+    if store is not None:
+        likes = fill_studies(
+            studies, store, dtype=dtype, device=device, progress=progress
+        )
+        check_complete(store)
     devices = find_devices(device)
+    total = sum(study.draws for study, _ in studies.values())
+    outcomes = {}
     with precision(dtype), jax.default_device(devices[0]):
-        inspected = _converted(study, "float64" if dtype == "mixed" else dtype)
-        study = inspected
-        if dtype == "mixed":
-            study = _converted(study, "float32")
-            study = eqx.tree_at(
-                lambda s: s.initialize, study, _Rounded(inspected.initialize)
+        # What a store has is read in no time.
+        with _Progress(total, 0, progress if store is None else False) as bar:
+            for name, (study, key) in studies.items():
+                _check_key(key)
+                runner = Runner(study, key, dtype, devices)
+                bar.studying(name if len(studies) > 1 else "")
+                if store is None:
+                    rows = range(study.draws)
+                    solution, finding = runner.draws(rows, study.draws, bar.done)
+                    seconds = runner.seconds
+                else:
+                    cell = store.cells[slug_of(name)]
+                    like, seconds = likes.get(name) or (None, runner.seconds)
+                    solution, finding = _read(cell, like or runner.like())
+                outcomes[name] = Outcome(solution, finding, seconds)
+    return outcomes
+
+
+def fill_studies(
+    studies: Mapping[str, tuple[Study, Key]],
+    store: Store,
+    *,
+    dtype: str = "float64",
+    device: str | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Computes those chunks of a store that are missing and this shard's, and writes
+    each when it is done. Returns, of studies that had any, the structure of a chunk and
+    the seconds."""
+    devices = find_devices(device)
+    made = environment(dtype, devices[0])
+    filled: dict[str, Any] = {}
+    with precision(dtype), jax.default_device(devices[0]):
+        runners, cells = {}, {}
+        for name, (study, key) in studies.items():
+            _check_key(key)
+            runner = runners[name] = Runner(study, key, dtype, devices)
+            fields = {"dtype": dtype, **fingerprint(runner.inspected, key)}
+            cells[name] = store.cell(name, int(study.draws), fields, versions())
+        done, all_chunks, draws = store.safe()
+        if done:
+            LOG.info(
+                "resuming %s: %d of %d chunks done", store.folder, done, all_chunks
             )
-        seconds = {"first batches": 0.0, "other batches": 0.0}
-        # tqdm: None means off where stderr is no terminal.
-        hide = None if progress is None else not progress
-        with tqdm(total=study.draws, unit=" draws", disable=hide) as bar:
-            solution = _descend_all(study, key, seconds, bar, devices)
-            if dtype == "mixed":
-                solution = _converted(solution, "float64")
-            finding = _in_batches(
-                partial(_inspect, inspected.inspect),
-                solution,
-                study,
-                seconds,
-                lambda found: None,
-            )
-    return Outcome(solution, finding, seconds)
+        left = sum(len(c.rows(i)) for c in cells.values() for i in c.todo())
+        with _Progress(draws + left, draws, progress) as bar:
+            for name, cell in cells.items():
+                bar.studying(name if len(studies) > 1 else "")
+                runner = runners[name]
+                for index in cell.todo():
+                    rows, whole = cell.rows(index), min(cell.chunk, cell.draws)
+                    part = runner.draws(rows, whole, bar.done)
+                    store.write(cell, index, arrays_of(*part), made)
+                    like = jax.tree.map(lambda leaf: leaf[:0], part)
+                    filled[name] = (like, runner.seconds)
+    return filled
 
 
-class _Rounded(eqx.Module):
-    """Starts of another initializer, in float32."""
+def check_complete(store: Store) -> None:
+    """**Raises:** `ValueError` if chunks are missing, which are other shards'."""
+    missing = sum(len(cell.missing()) for cell in store.cells.values())
+    if missing:
+        number, count = store.shard
+        raise ValueError(
+            f"{store.folder} is shard {number} of {count}: {missing} chunks are those "
+            "of others; when all are done put them together with gradflow merge"
+        )
 
-    initialize: Callable[[Key], Any]
 
-    def __call__(self, key):
-        return _converted(self.initialize(key), "float32")
-
-
-def _converted(tree, dtype):
-    """Its floating arrays in another dtype, numpy's as numpy's."""
-    inexact = lambda leaf: (
-        isinstance(leaf, (jax.Array, np.ndarray, np.generic))
-        and jnp.issubdtype(leaf.dtype, jnp.inexact)
-    )
-    return jax.tree.map(lambda x: x.astype(dtype) if inexact(x) else x, tree)
+def _read(cell: Cell, like: Any) -> tuple[Any, Any]:
+    """All draws of a cell."""
+    whole: dict[str, np.ndarray] = {}
+    for index in range(cell.chunks):
+        arrays, _ = cell.read(index)
+        rows = cell.rows(index)
+        for name, array in arrays.items():
+            if name not in whole:
+                # Names of enumerations are as long as the longest of their chunk.
+                text = array.dtype.kind in "SU"
+                kind = object if text else array.dtype
+                whole[name] = np.empty((cell.draws, *array.shape[1:]), kind)
+            whole[name][rows.start : rows.stop] = array
+    return outcome_from(like, whole)
 
 
 def _check_key(key):
@@ -187,160 +224,39 @@ def _check_key(key):
         )
 
 
-def _descend_all(study, key, seconds, bar, devices):
-    if isinstance(study.descend, Integrator):
-        return _descend_refilled(study, key, seconds, bar, devices)
-    points = _in_batches(
-        partial(_initialize, study.initialize, key),
-        np.arange(study.draws),
-        study,
-        seconds,
-        lambda points: None,
-    )
-    return _in_batches(
-        partial(_descend, study.descend),
-        points,
-        study,
-        seconds,
-        lambda solution: bar.update(len(solution.time)),
-    )
+class _Progress:
+    """A bar of draws done, with the shares of their verdicts so far."""
+
+    def __init__(self, total: int, done: int, show: bool | None):
+        # tqdm: None means off where stderr is no terminal.
+        hide = None if show is None else not show
+        self._bar = tqdm(total=total, initial=done, unit=" draws", disable=hide)
+        self.studying("")
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def studying(self, name: str) -> None:
+        self._counts: dict[str, int] = {}
+        if name:
+            self._bar.set_description(name, refresh=False)
+
+    def done(self, finding: Any) -> None:
+        if not self._bar.disable:
+            for kind in _kinds(finding):
+                self._counts[kind] = self._counts.get(kind, 0) + 1
+            total = sum(self._counts.values())
+            shares = [f"{k} {n / total:.4g}" for k, n in self._counts.items()]
+            self._bar.set_postfix_str(", ".join(shares), refresh=False)
+        self._bar.update(len(jax.tree.leaves(finding)[0]))
 
 
-def _descend_refilled(study, key, seconds, bar, devices):
-    blocks = []
-    stage, began = "first batches", time.perf_counter()
-    for solution, _ in descend(
-        study.descend, study.initialize, key, study.draws, study.batch, devices
-    ):
-        blocks.append(solution)
-        seconds[stage] += time.perf_counter() - began
-        stage, began = "other batches", time.perf_counter()
-        bar.update(len(solution.time))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks)
-
-
-def _in_batches(function, inputs, study, seconds, done):
-    """`function` of all draws, a batch at a time, as numpy arrays."""
-    total = jax.tree.leaves(inputs)[0].shape[0]
-    results = []
-    for start in range(0, total, study.batch):
-        began = time.perf_counter()
-        count = min(study.batch, total - start)
-        # A short batch repeats its last draw: one shape, one compilation.
-        size = min(study.batch, study.draws)
-        rows = np.minimum(np.arange(start, start + size), start + count - 1)
-        batch = jax.tree.map(lambda leaf: leaf[rows], inputs)  # noqa: B023
-        result = jax.device_get(function(batch))
-        result = jax.tree.map(lambda leaf: np.array(leaf[:count]), result)  # noqa: B023
-        results.append(result)
-        done(result)
-        stage = "first batches" if start == 0 else "other batches"
-        seconds[stage] += time.perf_counter() - began
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
-
-
-@eqx.filter_jit
-def _initialize(initialize, key, draws):
-    return jax.vmap(lambda draw: initialize(jr.fold_in(key, draw)))(draws)
-
-
-@eqx.filter_jit
-def _descend(descend, points):
-    return jax.vmap(descend)(points)
-
-
-@eqx.filter_jit
-def _inspect(inspect, solutions):
-    # One after the other: most verdicts are cheap and skip the Hessian, which vmap
-    # would form for all.
-    return jax.lax.map(inspect, solutions)
-
-
-class Fraction(eqx.Module):
-    """How often, of how many, and what that says.
-
-    - `low`, `high`: the exact (Clopper-Pearson) 95 % interval of the probability.
-    - `outer_low`, `outer_high`: its least lower and greatest upper end when the
-      undecided draws, counted both ways, are allowed for.
-    """
-
-    count: int
-    draws: int
-    undecided: int
-    low: float
-    high: float
-    outer_low: float
-    outer_high: float
-
-    @property
-    def estimate(self) -> float:
-        return self.count / self.draws
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.count} of {self.draws}, 95 % interval "
-            f"[{self.low:.4f}, {self.high:.4f}]"
-        )
-        if self.undecided:
-            text += (
-                f", [{self.outer_low:.4f}, {self.outer_high:.4f}] with "
-                f"{self.undecided} undecided"
-            )
-        return text
-
-
-def fraction(flags: Any, undecided: Any = None) -> Fraction:
-    """The `Fraction` of draws for which `flags` is true.
-
-    `undecided` marks draws (not among the flags) whose answer is open; they stay in
-    the denominator.
-
-    **Raises:** `ValueError` for no draws, for anything but truth values, or for a
-    draw that is both flagged and undecided.
-
-    *Reference:* Clopper, Pearson (1934); `scipy.stats.binomtest`.
-    """
-    flags = _truths("flags", flags)
-    unknown = (
-        np.zeros_like(flags) if undecided is None else _truths("undecided", undecided)
-    )
-    if unknown.shape != flags.shape:
-        raise ValueError(
-            f"flags has {flags.size} draws and undecided {unknown.size}: both must "
-            "be of the same draws"
-        )
-    if np.any(flags & unknown):
-        raise ValueError("a draw is both in flags and undecided: it can only be one")
-    count, left, draws = int(flags.sum()), int(unknown.sum()), flags.size
-    low, high = clopper_pearson(count, draws)
-    return Fraction(
-        count,
-        draws,
-        left,
-        low,
-        high,
-        low,
-        clopper_pearson(count + left, draws)[1],
-    )
-
-
-def clopper_pearson(count: int, draws: int) -> tuple[float, float]:
-    """The exact 95 % interval for the probability of `count` out of `draws`."""
-    # Imported late: scipy.stats costs half a second.
-    from scipy.stats import binomtest
-
-    interval = binomtest(count, draws).proportion_ci(0.95, method="exact")
-    return float(interval.low), float(interval.high)
-
-
-def _truths(name, values):
-    try:
-        values = np.asarray(values)
-    except ValueError:  # ragged
-        values = np.asarray(values, dtype=object)
-    if values.dtype != bool or values.ndim != 1 or values.size == 0:
-        raise ValueError(
-            f"{name} must be a list of at least one truth value, one per draw, got "
-            f"{values.dtype} of shape {values.shape}"
-        )
-    return values
+def _kinds(finding: Any) -> list[str]:
+    """The verdicts of findings that have a field `kind`, such as `CriticalPoint`."""
+    kind = vars(finding).get("kind") if isinstance(finding, eqx.Module) else None
+    if kind is None or not is_member(kind):
+        return []
+    return list(names_of(kind._enumeration, kind))

@@ -21,7 +21,8 @@ from gradflow.initial import GaussianInit, section7_widths
 from gradflow.models.linear import SquaredLoss
 from gradflow.solution import RESULTS
 from gradflow.solve import integrate, Integrator
-from gradflow.study import fraction, run_study, Study
+from gradflow.statistics import fraction
+from gradflow.study import run_study, Study
 from gradflow.theory.linear import LinearTheory
 from gradflow.types import names_of
 

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gradflow.environment
+import gradflow.files
 import gradflow.report
 from gradflow import read_report, Report
-from gradflow.report import environment, write_whole
+from gradflow.environment import environment
+from gradflow.files import write_whole
 
 
 def _report(**changes):
@@ -113,7 +116,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken, e
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(gradflow.report.os, broken, fail)
+    monkeypatch.setattr(gradflow.files.os, broken, fail)
     with pytest.raises(type(error)):
         write_whole(path, b"new and longer")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [
@@ -146,7 +149,7 @@ def test_environment(monkeypatch):
     assert found["dtype"] == "float32" and found["device"].startswith("cpu")
     assert found["jax"] == jax.__version__ and found["numpy"] == np.__version__
     # Run from a folder, not installed: no reason to lose a run.
-    monkeypatch.setattr(gradflow.report, "VERSIONED", ("no-such-package",))
+    monkeypatch.setattr(gradflow.environment, "VERSIONED", ("no-such-package",))
     assert environment("float32", device)["no-such-package"] == "not installed"
 
 

@@ -28,7 +28,8 @@ from gradflow import (
 )
 from gradflow.datasets import gaussian
 from gradflow.models import SquaredLoss
-from gradflow.study import clopper_pearson, precision
+from gradflow.precision import precision
+from gradflow.statistics import clopper_pearson
 from gradflow.theory import LinearTheory
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from cyclopts import Parameter
 
+from ..precision import DTYPES
 from ..solve import checked_tolerances
-from ..study import DTYPES
 
 
 # Larger counts don't fit jax's 32-bit integers, larger seeds are cut to 32 bits there.

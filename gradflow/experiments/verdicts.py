@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from ..critical import describe, KIND
+from ..outcome import Outcome
 from ..solution import RESULTS
-from ..study import fraction, Outcome
+from ..statistics import fraction
 from ..types import names_of
 
 

@@ -163,13 +163,17 @@ class Store:
         try:
             cell.write(index, arrays, made)
         except OSError as error:
-            chunks, _, draws = self.safe()
-            reason = os.strerror(error.errno).lower() if error.errno else str(error)
-            raise RuntimeError(
-                f"could not write chunk {index} of {cell.name} to {self.folder} "
-                f"({reason}). {chunks} chunks ({draws} draws) are safe; free space and "
-                "run the same command to go on"
-            ) from error
+            raise self.full(cell, index, error) from error
+
+    def full(self, cell: Cell, index: int, error: OSError) -> RuntimeError:
+        """What to tell of a chunk that can't be written."""
+        chunks, _, draws = self.safe()
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        return RuntimeError(
+            f"could not write chunk {index} of {cell.name} to {self.folder} "
+            f"({reason}). {chunks} chunks ({draws} draws) are safe; free space and run "
+            "the same command to go on"
+        )
 
     def _begin(self) -> None:
         path = self._root / "study.json"

@@ -16,6 +16,7 @@ from .critical import (
     RULE as RULE,
 )
 from .descent import Descent as Descent, RESULTS as RESULTS, Solution as Solution
+from .export import to_xarray as to_xarray
 from .flow import AbstractFlow as AbstractFlow, GradientFlow as GradientFlow
 from .initial import (
     BalancedInit as BalancedInit,
@@ -26,6 +27,7 @@ from .initial import (
     OrthonormalBalancedInit as OrthonormalBalancedInit,
     section7_widths as section7_widths,
 )
+from .merging import merge as merge
 from .moments import Moments as Moments
 from .report import read_report as read_report, Report as Report
 from .solve import integrate as integrate, Integrator as Integrator
@@ -39,3 +41,4 @@ from .study import (
     Study as Study,
 )
 from .types import names_of as names_of
+from .verifying import verify_studies as verify_studies

@@ -1,28 +1,26 @@
-"""The command line: demo, list, run, plot.
+"""The command line: demo, list, run, plot, verify, merge, export.
 
 Experiments are imported only when one is needed: `--help` must not wait for jax.
 Exit codes: 0 done, 1 the run failed, 2 bad input, 3 undecided draws under `--strict`,
 130 interrupted.
 """
 
-import dataclasses
-import importlib
-import importlib.metadata
+import contextlib
+import logging
 import os
-import platform
 import sys
 import threading
 import tomllib
-import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.config import Toml
+from cyclopts.config import Dict, Toml
 
-from .experiments import NAMES
+from . import runs
+from .compiling import compile_fast
+from .experiments import NAMES, SIZES, STUDIES
 
 
 app = App(
@@ -39,13 +37,22 @@ app = App(
 run_app = App(name="run", help="Run an experiment; its settings are its flags.")
 app.command(run_app)
 
-Out = Annotated[Path, Parameter(help="Folder for the report and the figure.")]
+Out = Annotated[Path, Parameter(help="Folder for draws, report and figure.")]
 Quiet = Annotated[
     bool, Parameter(negative="", help="Print no table and show no progress.")
 ]
 Strict = Annotated[
     bool, Parameter(negative="", help="Exit with code 3 if any draw is undecided.")
 ]
+Chunk = Annotated[
+    int | None,
+    Parameter(help="Draws per file; what was not yet written is lost when killed."),
+]
+Shard = Annotated[
+    str | None,
+    Parameter(help="i/n: compute the i-th of n parts, for `gradflow merge`."),
+]
+Folder = Annotated[Path, Parameter(help="A folder written by `gradflow run`.")]
 
 
 @app.command
@@ -54,42 +61,83 @@ def demo(*, out: Out = Path("gradflow-demo"), quiet: Quiet = False) -> int:
     usual integrator sees: half of all square balanced starts end at a saddle."""
     # Nothing is compiled before the first experiment is loaded.
     os.environ |= compile_fast()
-    second = _experiment("saddle_avoidance")
+    second = runs.experiment("saddle_avoidance")
     square = second.Config(
         draws=256, batch=256, ranks=(3,), depths=(2,), starts=("balanced",), curves=0
     )
     folder = out / "saddle_avoidance"
-    _check_folder(folder, "saddle_avoidance", square)
+    runs.check(folder, "saddle_avoidance", square)
     # Most of both is compilation, so the second goes on beside the first.
     beside = _Beside(lambda: second.run(square, progress=False))
-    config = _experiment("convergence").Config()
-    code = _run("convergence", config, out, quiet, strict=False)
+    config = runs.experiment("convergence").Config()
+    code = runs.report("convergence", config, out, quiet=quiet, strict=False)
     report = beside.result()
-    return max(code, _finish(report, folder, quiet, strict=False))
+    return max(code, runs.finish(report, folder, quiet=quiet, strict=False))
 
 
 @app.command(name="list")
 def list_experiments() -> int:
-    """List the experiments: what each one claims, and what it costs."""
+    """List the experiments: what each one claims, where that comes from, and what it
+    costs."""
     for name in NAMES:
-        experiment = _experiment(name)
-        print(f"{name}\n    {experiment.CLAIM}\n    Cost: {experiment.COST}.")
+        experiment = runs.experiment(name)
+        print(f"{name}\n    {experiment.CLAIM}\n    Source: {experiment.SOURCE}.")
+        print(f"    Cost: {experiment.COST}.")
     return 0
 
 
 @app.command
-def plot(folder: Path, /) -> int:
-    """Draw the figure of a report again.
+def plot(folder: Folder, /) -> int:
+    """Draw the figure of a report again."""
+    from .report import read_report
+
+    for path in runs.draw(read_report(folder), folder):
+        print(path)
+    return 0
+
+
+@app.command
+def verify(
+    folder: Folder,
+    /,
+    *,
+    chunks: Annotated[int, Parameter(help="How many to compute again.")] = 3,
+    quiet: Quiet = False,
+) -> int:
+    """Compute some chunks of a study's draws again and compare.
+
+    Made with the same versions on the same kind of device they have the same bits.
+    """
+    return runs.verify(folder, chunks, quiet=quiet)
+
+
+@app.command
+def merge(
+    *folders: Path, out: Out, quiet: Quiet = False, strict: Strict = False
+) -> int:
+    """Put the shards of a study together, and report if that is all of it.
 
     Parameters
     ----------
-    folder
-        A folder written by `gradflow run` or `gradflow demo`.
+    folders
+        Those that `gradflow run --shard` wrote.
     """
-    from .report import read_report
+    return runs.merge(folders, out, quiet=quiet, strict=strict)
 
-    for path in _draw(read_report(folder), folder):
-        print(path)
+
+@app.command
+def export(folder: Folder, file: Path, /) -> int:
+    """Write the draws of a study as a netCDF file, a group per row of its table.
+
+    Parameters
+    ----------
+    file
+        The file to write, such as draws.nc.
+    """
+    from .export import export_netcdf
+
+    export_netcdf(folder, file)
+    print(file)
     return 0
 
 
@@ -102,9 +150,10 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     try:
-        code = _dispatch(tokens)
-    except KeyboardInterrupt:
-        code = _complain("stopped", 130)
+        with _messages("--quiet" in tokens):
+            code = _dispatch(tokens)
+    except KeyboardInterrupt as stop:
+        code = _complain(str(stop) or "stopped", 130)
     except CycloptsError as error:
         code = _complain(str(error), 2)
     except Exception as error:
@@ -112,6 +161,22 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         code = _complain(*_explained(error))
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _messages(quiet: bool):
+    """What the numeric code has to say goes to stderr, a line each."""
+    logger, handler = logging.getLogger("gradflow"), logging.StreamHandler(sys.stderr)
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def _explained(error: Exception) -> tuple[str, int]:
@@ -129,9 +194,12 @@ def _dispatch(tokens: list[str]) -> int:
             if name not in run_app:
                 _register(name)
         tokens, file = _without_config(tokens)
-        # cyclopts checks the file's keys as it checks flags.
+        tokens, size = _without_size(tokens)
+        # cyclopts checks the file's keys as it checks flags; what comes first counts.
         settings = Toml(file or "", use_commands_as_keys=False, allow_unknown=False)
-        run_app.config = (_check_whole,) if file is None else (settings, _check_whole)
+        sized = Dict(size, use_commands_as_keys=False, allow_unknown=False)
+        files = () if file is None else (settings,)
+        run_app.config = (*files, sized, _check_whole)
     result = app(
         tokens, exit_on_error=False, print_error=False, result_action="return_value"
     )
@@ -140,9 +208,9 @@ def _dispatch(tokens: list[str]) -> int:
 
 def _register(name: str) -> None:
     """Adds `gradflow run NAME`, with the fields of its `Config` as flags."""
-    experiment = _experiment(name)
+    experiment = runs.experiment(name)
 
-    def command(
+    def whole(
         *,
         settings: Any = None,
         out: Out = Path(f"gradflow-{name}"),
@@ -150,10 +218,29 @@ def _register(name: str) -> None:
         strict: Strict = False,
     ) -> int:
         chosen = experiment.Config() if settings is None else settings
-        return _run(name, chosen, out, quiet, strict)
+        return runs.report(name, chosen, out, quiet=quiet, strict=strict)
 
+    def kept(
+        *,
+        settings: Any = None,
+        out: Out = Path(f"gradflow-{name}"),
+        chunk: Chunk = None,
+        shard: Shard = None,
+        quiet: Quiet = False,
+        strict: Strict = False,
+    ) -> int:
+        chosen = experiment.Config() if settings is None else settings
+        part = runs.shard_of(shard)
+        if part == (1, 1):
+            return runs.kept(name, chosen, out, chunk=chunk, quiet=quiet, strict=strict)
+        return runs.shard(name, chosen, out, part, chunk=chunk, quiet=quiet)
+
+    command = kept if name in STUDIES else whole
     command.__annotations__["settings"] = experiment.Config | None
-    help_text = f"{experiment.CLAIM} Settings can be read from a TOML file: --config."
+    help_text = (
+        f"{experiment.CLAIM} Settings can be read from a TOML file: --config; --quick "
+        "and --full choose smaller and larger ones."
+    )
     run_app.command(command, name=name, help=help_text)
 
 
@@ -172,6 +259,19 @@ def _without_config(tokens: list[str]) -> tuple[list[str], Path | None]:
         else:
             rest.append(token)
     return rest, file
+
+
+def _without_size(tokens: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Takes `--quick` and `--full` out of the tokens, as settings."""
+    asked = [size for size in ("quick", "full") if f"--{size}" in tokens]
+    if not asked:
+        return tokens, {}
+    if len(asked) == 2:
+        raise ValueError("--quick and --full are both given: choose one")
+    rest = [token for token in tokens if token != f"--{asked[0]}"]
+    # Of no experiment: what is wrong with the name is said later.
+    sizes = SIZES.get(rest[1] if len(rest) > 1 else "", {})
+    return rest, sizes.get(asked[0], {})
 
 
 def _check_whole(app: App, commands: tuple[str, ...], arguments: Any) -> None:
@@ -196,39 +296,6 @@ def _check_toml(file: Path) -> None:
         raise ValueError(f"--config {file} is not valid TOML: {error}") from None
 
 
-def compile_fast() -> dict[str, str]:
-    """Environment variables with which jax compiles in two thirds of the time, for
-    runs of seconds: the code it makes is up to twice as slow.
-
-    It is the former code generator of XLA, which releases after 0.10 no longer have;
-    they end the process at a flag that they don't know.
-    """
-    if not importlib.metadata.version("jax").startswith("0.10."):
-        return {}
-    given = os.environ.get("XLA_FLAGS", "")
-    return {"XLA_FLAGS": f"{given} --xla_cpu_use_fusion_emitters=false".strip()}
-
-
-def keep_compiled() -> dict[str, str]:
-    """Environment variables with which jax keeps what it compiles for later processes,
-    in the user's folder for such files. To be set before jax is imported."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    # A home that several machines share: compiled code is for one kind of processor.
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    kind = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
-    folder = Path(root, "gradflow", "compiled", kind)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a machine without a home for it is no error
-        return {}
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
 class _Beside:
     """A task in a thread of its own, which an interrupt does not wait for."""
 
@@ -249,61 +316,6 @@ class _Beside:
         if self._error:
             raise self._error[0]
         return self._outcome[0]
-
-
-def _check_folder(out: Path, name: str, config: Any) -> None:
-    from .report import check_folder
-
-    # Before hours of computing, not after.
-    check_folder(out, name, dataclasses.asdict(config))
-
-
-def _run(name: str, config: Any, out: Path, quiet: bool, strict: bool) -> int:
-    _check_folder(out, name, config)
-    try:
-        report = _experiment(name).run(config, progress=False if quiet else None)
-    except KeyboardInterrupt:
-        return _complain("stopped; nothing of this run was written", 130)
-    return _finish(report, out, quiet, strict)
-
-
-def _finish(report: Any, out: Path, quiet: bool, strict: bool) -> int:
-    """Writes a report, draws it, prints it."""
-    report.write(out)
-    figures = _draw(report, out)
-    if not quiet:
-        print(f"{report.claim}\n\n{report.table()}\n")
-        for note in report.notes:
-            print(f"  {note}")
-        times = ", ".join(f"{k} {v:.1f} s" for k, v in report.seconds.items())
-        made = report.environment
-        print(f"{made['dtype']} on {made['device']}; {times}")
-        if "runs" in made:
-            print(f"runs {made['runs']}")
-        names = ["report.json", "report.md", *(path.name for path in figures)]
-        print(f"wrote {', '.join(names)} to {out}")
-    undecided = sum(row["undecided"] for row in report.rows)
-    return 3 if strict and undecided else 0
-
-
-def _draw(report: Any, folder: Path) -> list[Path]:
-    import matplotlib
-
-    # No window, wherever this runs.
-    matplotlib.use("agg")
-    from .plot import save
-
-    return save(report, folder)
-
-
-def _experiment(name: str) -> Any:
-    if "jax" not in sys.modules:
-        for variable, value in keep_compiled().items():
-            os.environ.setdefault(variable, value)
-        # jax says so of the half of a file that another process is writing, or was
-        # when it was killed; it compiles again.
-        warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
-    return importlib.import_module(f"gradflow.experiments.{name}")
 
 
 def _complain(message: str, code: int) -> int:

@@ -8,7 +8,7 @@ import jax
 import jax.random as jr
 import pytest
 
-from gradflow.cli import compile_fast, keep_compiled
+from gradflow.compiling import compile_fast, keep_compiled
 
 
 # Most of the time of the tests is compilation; what is compiled is kept for the next

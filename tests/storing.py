@@ -96,7 +96,7 @@ def digest(folder):
     return found.hexdigest()
 
 
-def recovered(folder, size, done, clean, said):
+def recovered(folder, size: tuple[int, int], done, clean, said):
     """What is left after a kill, and what comes of it."""
     said["kept"] += len(done)
     before = {path: Path(path).read_bytes() for path in done if Path(path).exists()}
@@ -119,7 +119,8 @@ def points(root):
     said = collections.Counter()
     calls = collections.Counter()
     size = (5, 3)
-    compute(root / "clean", *size, os.open(os.devnull, os.O_WRONLY))
+    nobody = os.open(os.devnull, os.O_WRONLY)
+    compute(root / "clean", *size, nobody)
     clean = digest(root / "clean")
     while True:
         folder = root / "killed"
@@ -147,7 +148,8 @@ def points(root):
 def randomly(root, kills):
     said = collections.Counter()
     size = (200, 2)
-    compute(root / "clean", *size, os.open(os.devnull, os.O_WRONLY))
+    nobody = os.open(os.devnull, os.O_WRONLY)
+    compute(root / "clean", *size, nobody)
     clean = digest(root / "clean")
     generator = random.Random(0)
     folder = root / "killed"

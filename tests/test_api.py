@@ -40,6 +40,7 @@ NAMES = {
     "fraction",
     "integrate",
     "manifolds",
+    "merge",
     "models",
     "names_of",
     "plot",
@@ -50,6 +51,8 @@ NAMES = {
     "section7_widths",
     "solvers",
     "theory",
+    "to_xarray",
+    "verify_studies",
 }
 
 

@@ -586,7 +586,7 @@ def _refused(tokens, piece, folder, capsys):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    def run(config, progress):
+    def run(config, progress, store=None):
         raise AssertionError(f"computed with {config}")
 
     monkeypatch.setattr("gradflow.experiments.convergence.run", run)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gradflow import Report
-from gradflow.cli import compile_fast, keep_compiled, main
+from gradflow.cli import main
+from gradflow.compiling import compile_fast, keep_compiled
 from gradflow.experiments import convergence, NAMES, saddle_avoidance
 
 
@@ -50,6 +51,7 @@ def _snapshot(folder):
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
+# What a run of many draws leaves beside them, in `draws`.
 FILES = {"report.json", "report.md", "convergence.png", "convergence.pdf"}
 
 
@@ -114,7 +116,7 @@ def test_flags_are_the_settings(call):
 def test_run_writes_a_report_and_a_figure(call, folder):
     code, out, err = call(*TINY, "--out", "new/a")
     assert (code, err) == (0, "")
-    assert {path.name for path in (folder / "new" / "a").iterdir()} == FILES
+    assert {path.name for path in (folder / "new" / "a").iterdir()} == FILES | {"draws"}
     report = _report("new/a")
     assert report["experiment"] == "convergence"
     assert report["config"]["data"] == "gaussian" and report["config"]["draws"] == 8
@@ -181,7 +183,7 @@ def test_same_settings_may_run_again(call, folder):
     first = _report("a")
     assert call(*TINY, "--quiet", "--out", "a")[0] == 0
     assert _report("a")["rows"] == first["rows"]
-    assert {path.name for path in (folder / "a").iterdir()} == FILES
+    assert {path.name for path in (folder / "a").iterdir()} == FILES | {"draws"}
 
 
 def test_other_settings_overwrite_nothing(call, folder, monkeypatch):
@@ -203,7 +205,7 @@ def test_plot_draws_again(call, folder):
     code, out, err = call("plot", "a")
     assert (code, err) == (0, "")
     assert out.splitlines() == ["a/convergence.png", "a/convergence.pdf"]
-    assert {path.name for path in (folder / "a").iterdir()} == FILES
+    assert {path.name for path in (folder / "a").iterdir()} == FILES | {"draws"}
 
 
 def test_undecided_draws_are_an_error_only_when_strict(call):
@@ -278,7 +280,7 @@ def test_demo(call, folder, monkeypatch):
     ids=lambda value: type(value).__name__,
 )
 def test_errors_are_one_line(call, folder, monkeypatch, error, code, text):
-    def run(config, progress):
+    def run(config, progress, store=None):
         raise error
 
     monkeypatch.setattr(convergence, "run", run)
@@ -340,8 +342,14 @@ def test_interrupt(folder):
     finally:
         process.kill()
         process.communicate()
-    assert error == "stopped; nothing of this run was written\n"
-    assert list(folder.iterdir()) == []
+    kept = list(folder.rglob("chunk-*.npz"))
+    if kept:  # it may have been done with the first chunk
+        assert (
+            error == f"stopped; {len(kept)} of 489 chunks saved; run again to go on\n"
+        )
+    else:
+        assert error == "stopped; nothing of this run was written\n"
+        assert list(folder.iterdir()) == []
 
 
 # ---- compilation
@@ -349,8 +357,8 @@ def test_interrupt(folder):
 
 def test_half_a_compiled_program_is_compiled_again(folder):
     code = (
-        "from gradflow.cli import _experiment\n"
-        "_experiment('convergence')\n"
+        "from gradflow.runs import experiment\n"
+        "experiment('convergence')\n"
         "import jax\n"
         "print(jax.jit(lambda x: x / 8)(1.0))"
     )

@@ -40,9 +40,14 @@ LEVELS = {
     "runner": 9,
     "study": 10,
     "report": 10,
+    "merging": 4,
+    "export": 4,
+    "verifying": 11,
     "plot": 11,
     "experiments": 11,
-    "cli": 12,
+    "compiling": 0,
+    "runs": 12,
+    "cli": 13,
 }
 # Imports within a level that are wanted: data come as moments, moments use spectra;
 # theory's families share one second-order criterion; an experiment uses several; the

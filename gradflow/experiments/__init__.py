@@ -1,6 +1,25 @@
 """Named studies: each file has a `Config`, a `CLAIM`, a `COST` and `run`.
 
-A plain list, so that the command line can name them without importing them.
+Those in `STUDIES` have many draws, `studies` gives them, and `run` takes a `Store`.
+`SIZES` are the settings of --quick and --full. Plain values, so that the command line
+can have them without importing jax.
 """
 
 NAMES = ("convergence", "figures", "saddle_avoidance", "equivalence", "escape")
+STUDIES = ("convergence", "saddle_avoidance")
+SIZES = {
+    "convergence": {
+        "quick": {"draws": 32, "batch": 32, "curves": 2},
+        "full": {"draws": 10_000, "batch": 256},
+    },
+    "figures": {"quick": {"draws": 1}, "full": {"paper": True}},
+    "saddle_avoidance": {
+        "quick": {"draws": 100, "batch": 100, "depths": [2]},
+        "full": {"draws": 10_000},
+    },
+    "equivalence": {
+        "quick": {"depths": [2, 3], "ranks": [2], "draws": 2},
+        "full": {"dimension": 6, "ranks": [2, 4, 6], "draws": 16},
+    },
+    "escape": {"quick": {"draws": 2}, "full": {"draws": 64}},
+}

@@ -26,7 +26,8 @@ from ..models.linear import SquaredLoss
 from ..moments import Moments
 from ..report import environment, Report, VERDICTS
 from ..solve import integrate, Integrator, TOLERANCE_RATIO
-from ..study import find_device, Outcome, precision, run_study, Study
+from ..store import Store
+from ..study import find_device, Outcome, precision, run_studies, Study
 from ..theory.linear import LinearTheory, TIE
 from ..types import Key, names_of
 from . import verdicts
@@ -38,6 +39,7 @@ CLAIM = (
     "Gradient flow of a deep linear network from almost every start ends at a global "
     "minimum of the loss (Bah et al. 2020, Theorems 39 and 40)."
 )
+SOURCE = "Bah et al. 2020, Theorems 39 and 40"
 COST = "about 20 s on two cores for the default settings"
 # Times at which the drawn runs are observed.
 CURVE_POINTS = 120
@@ -92,27 +94,35 @@ class Config(RunConfig):
             )
 
 
-def run(config: Config, *, progress: bool | None = None) -> Report:
-    """Runs the study and reports one row per depth and scale."""
+def studies(config: Config) -> dict[str, tuple[Study, Key]]:
+    """One study for each row, with its key."""
+    with precision(config.dtype), jax.default_device(find_device(config.device)):
+        return _studies(config, _theory(config))
+
+
+def run(
+    config: Config, *, progress: bool | None = None, store: Store | None = None
+) -> Report:
+    """Runs the studies and reports one row per depth and scale."""
     device = find_device(config.device)
     with precision(config.dtype), jax.default_device(device):
-        theory = LinearTheory(SquaredLoss(_moments(config)), config.rank)
+        theory = _theory(config)
+        asked = _studies(config, theory)
+        outcomes = run_studies(
+            asked,
+            dtype=config.dtype,
+            device=config.device,
+            progress=progress,
+            store=store,
+        )
         rows, notes, panels = [], [], []
-        seconds: dict[str, float] = {}
-        for depth, scale in itertools.product(config.depths, config.scales):
-            key = jr.fold_in(jr.key(config.seed), len(rows))
-            study = _study(config, theory, depth, scale)
-            outcome = run_study(
-                study,
-                key,
-                dtype=config.dtype,
-                device=config.device,
-                progress=progress,
-            )
+        seconds = verdicts.seconds_of(outcomes.values())
+        for (depth, scale), (name, (study, key)) in zip(
+            _grid(config), asked.items(), strict=True
+        ):
+            outcome = outcomes[name]
             rows.append(_row(study, scale, outcome))
             notes += verdicts.notes(f"depth {depth}, scale {scale:g}", outcome)
-            for stage, duration in outcome.seconds.items():
-                seconds[stage] = seconds.get(stage, 0.0) + duration
             began = time.perf_counter()
             panels.append(_panel(config, theory, study, key, outcome))
             drawing = time.perf_counter() - began
@@ -127,6 +137,24 @@ def run(config: Config, *, progress: bool | None = None) -> Report:
             {"panels": panels},
             seconds,
         )
+
+
+def _grid(config: Config) -> list[tuple[int, float]]:
+    return list(itertools.product(config.depths, config.scales))
+
+
+def _theory(config: Config) -> LinearTheory:
+    return LinearTheory(SquaredLoss(_moments(config)), config.rank)
+
+
+def _studies(config: Config, theory: LinearTheory) -> dict[str, tuple[Study, Key]]:
+    return {
+        f"{number} depth {depth}, scale {scale:g}": (
+            _study(config, theory, depth, scale),
+            jr.fold_in(jr.key(config.seed), number),
+        )
+        for number, (depth, scale) in enumerate(_grid(config))
+    }
 
 
 def _moments(config: Config) -> Moments:

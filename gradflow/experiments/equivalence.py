@@ -44,6 +44,7 @@ CLAIM = (
     "The balanced flow of the factors and the Riemannian flow of their product, in "
     "ambient and in factored coordinates, are one flow (Bah et al. 2020, Corollary 17)."
 )
+SOURCE = "Bah et al. 2020, Corollary 17"
 COST = "70 s of processor time, nearly all of it compilation, for the default settings"
 ROADS = ("factors", "product", "factored")
 PAIRS = (("product", "factors"), ("factored", "factors"), ("factored", "product"))

@@ -32,6 +32,7 @@ CLAIM = (
     "eps leads away from it after ln(1/eps) / lambda_1, and rounding is one (Bah et "
     "al. 2020, Remark 42)."
 )
+SOURCE = "Bah et al. 2020, Remark 42"
 COST = "20 s of processor time, most of it compilation, for the default settings"
 # Runs last this many times as long as theory says that the last escape takes.
 PATIENCE = 1.6

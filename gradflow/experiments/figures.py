@@ -52,6 +52,7 @@ CLAIM = (
     "Gradient flow of deep linear networks converges to the best matrix of its rank, "
     "at the rate that linearization gives (Bah et al. 2020, section 7, Figures 1-12)."
 )
+SOURCE = "Bah et al. 2020, section 7"
 COST = "about 20 s for each of --figure 1 ... 12; with --paper minutes"
 # Observations per run.
 TIMES = 200

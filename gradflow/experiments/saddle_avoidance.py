@@ -14,6 +14,8 @@ Conjecture 41.
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import diffrax
@@ -35,12 +37,13 @@ from ..moments import Moments
 from ..report import environment, Report, VERDICTS
 from ..solve import integrate, Integrator
 from ..solvers.stiff import stiff
-from ..study import find_device, Outcome, precision, run_study, Study
+from ..store import Store
+from ..study import find_device, Outcome, precision, run_studies, Study
 from ..theory.linear import LinearTheory
 from ..theory.low_rank import LowRankTheory
-from ..types import names_of
+from ..types import Key, names_of
 from .base import LARGEST_COUNT, positive, RunConfig, whole_number
-from .verdicts import notes, tally
+from .verdicts import notes, seconds_of, tally
 
 
 CLAIM = (
@@ -48,6 +51,7 @@ CLAIM = (
     "wrong sign end at a saddle, against Conjecture 41 (b) and (c) of Bah et al. 2020; "
     "integrators of the factors escape from it by their own errors."
 )
+SOURCE = "Bah et al. 2020, Theorems 39 and 40, Conjecture 41"
 COST = "about 3 minutes on two cores for the default settings, most of it compilation"
 STARTS = ("factors", "balanced", "counterexample")
 # The start that refutes Conjecture 41 (b) below full rank, for spectrum 3, 2, 1.
@@ -101,21 +105,28 @@ class Config(RunConfig):
             )
 
 
-def run(config: Config, *, progress: bool | None = None) -> Report:
+def studies(config: Config) -> dict[str, tuple[Study, Key]]:
+    """The studies behind the rows, with their keys."""
+    with precision(config.dtype), jax.default_device(find_device(config.device)):
+        return _Job(config).studies
+
+
+def run(
+    config: Config, *, progress: bool | None = None, store: Store | None = None
+) -> Report:
     """Runs the studies and reports one row per statement and condition."""
     device = find_device(config.device)
     with precision(config.dtype), jax.default_device(device):
-        values = jnp.diag(jnp.asarray(sorted(config.spectrum, reverse=True)))
-        energy = SquaredLoss(Moments(values, values, values, 1, autoencoding=True))
-        job = _Job(config, energy, progress)
-        for depth, rank in itertools.product(config.depths, config.ranks):
-            if "factors" in config.starts:
-                job.factors(depth, rank)
-            if "balanced" in config.starts:
-                job.balanced(depth, rank)
-        if "counterexample" in config.starts and config.spectrum == (3.0, 2.0, 1.0):
-            for depth in config.depths:
-                job.counterexample(depth)
+        job = _Job(config)
+        job.outcomes = run_studies(
+            job.studies,
+            dtype=config.dtype,
+            device=config.device,
+            progress=progress,
+            store=store,
+        )
+        for report in job.reports:
+            report()
         return Report(
             "saddle_avoidance",
             CLAIM,
@@ -124,32 +135,50 @@ def run(config: Config, *, progress: bool | None = None) -> Report:
             job.rows,
             job.notes,
             {"panels": job.panels},
-            job.seconds,
+            seconds_of(job.outcomes.values()),
         )
 
 
 class _Job:
-    """The rows, notes and panels of one report, as they come."""
+    """The studies of one report, and what makes its rows, notes and panels of their
+    outcomes."""
 
-    def __init__(self, config: Config, energy: SquaredLoss, progress: bool | None):
-        self.config, self.energy, self.progress = config, energy, progress
+    def __init__(self, config: Config):
+        values = jnp.diag(jnp.asarray(sorted(config.spectrum, reverse=True)))
+        self.energy = SquaredLoss(Moments(values, values, values, 1, autoencoding=True))
+        self.config = config
+        self.studies: dict[str, tuple[Study, Key]] = {}
+        self.outcomes: dict[str, Outcome] = {}
+        self.reports: list[Callable[[], None]] = []
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.panels: list[dict[str, Any]] = []
-        self.seconds: dict[str, float] = {}
+        for depth, rank in itertools.product(config.depths, config.ranks):
+            if "factors" in config.starts:
+                self.factors(depth, rank)
+            if "balanced" in config.starts:
+                self.balanced(depth, rank)
+        if "counterexample" in config.starts and config.spectrum == (3.0, 2.0, 1.0):
+            for depth in config.depths:
+                self.counterexample(depth)
 
     def factors(self, depth: int, rank: int) -> None:
         """Theorems 39 and 40 and Conjecture 41 (a): Gaussian factors, not balanced."""
         size = len(self.config.spectrum)
         widths = (size, *((rank,) * (depth - 1)), size)
         theory = LinearTheory(self.energy, rank)
-        outcome = self._run(
+        study = self._add(
+            f"factors, depth {depth}, rank {rank}",
             GaussianInit(widths, jnp.asarray(self.config.scale)),
             GradientFlow(self.energy),
             theory,
             key=2 * rank,
             audit=Audit,
         )
+        self.reports.append(partial(self._factors_rows, depth, rank, study))
+
+    def _factors_rows(self, depth: int, rank: int, study: str) -> None:
+        outcome = self.outcomes[study]
         statement = "Thm. 39, Conj. 41 (a)" if depth == 2 else "Thm. 40, Conj. 41 (a)"
         kinds = names_of(KIND, outcome.finding.kind)
         limited = outcome.finding.precision_limited
@@ -166,8 +195,10 @@ class _Job:
         start = LowRankInit((size, size), rank, jnp.asarray(self.config.scale))
         theory = LowRankTheory(self.energy, rank, depth)
         flow = GradientFlow(self.energy, FixedRank(rank, depth))
-        exact = self._run(start, flow, theory, key=2 * rank + 1)
-        factors = self._run(
+        where = f"depth {depth}, rank {rank}"
+        exact = self._add(f"balanced, {where}", start, flow, theory, key=2 * rank + 1)
+        factors = self._add(
+            f"their factors, {where}",
             _Factors(start, depth),
             GradientFlow(self.energy),
             theory.linear,
@@ -175,6 +206,15 @@ class _Job:
             audit=Audit,
             slow=depth > 2,
         )
+        self.reports.append(
+            partial(self._balanced_rows, start, flow, theory, exact, factors)
+        )
+
+    def _balanced_rows(
+        self, start: LowRankInit, flow: GradientFlow, theory: LowRankTheory, *names: str
+    ) -> None:
+        exact, factors = (self.outcomes[name] for name in names)
+        size, rank, depth = len(self.config.spectrum), theory.rank, theory.depth
         kinds = names_of(KIND, exact.finding.kind)
         claimed = names_of(KIND, factors.finding.kind)
         limited = factors.finding.precision_limited
@@ -210,8 +250,16 @@ class _Job:
         point = LowRank.of(jnp.asarray(COUNTEREXAMPLE), 2)
         theory = LowRankTheory(self.energy, 2, depth)
         flow = GradientFlow(self.energy, FixedRank(2, depth))
-        exact = self._run(_Always(point), flow, theory, key=0, draws=1)
-        factors = self._run(
+        exact = self._add(
+            f"counterexample, depth {depth}",
+            _Always(point),
+            flow,
+            theory,
+            key=0,
+            draws=1,
+        )
+        factors = self._add(
+            f"its factors, depth {depth}",
             _Always(point.balanced(depth)),
             GradientFlow(self.energy),
             theory.linear,
@@ -220,6 +268,13 @@ class _Job:
             audit=Audit,
             slow=depth > 2,
         )
+        row = partial(self._counterexample_row, flow, point, depth, exact, factors)
+        self.reports.append(row)
+
+    def _counterexample_row(
+        self, flow: GradientFlow, point: LowRank, depth: int, *names: str
+    ) -> None:
+        exact, factors = (self.outcomes[name] for name in names)
         kinds = names_of(KIND, exact.finding.kind)
         claimed = names_of(KIND, factors.finding.kind)
         row = {"statement": "Conj. 41 (b)", "depth": depth, "rank": 2}
@@ -230,10 +285,11 @@ class _Job:
             title = f"depth {depth}, rank 2, the counterexample"
             self.panels.append(self._panel(flow, point, depth, title))
 
-    def _run(
-        self, initialize, flow, theory, *, key, draws=None, audit=None, slow=False
-    ) -> Outcome:
-        """`slow`: escapes may take longer than an explicit method lasts."""
+    def _add(
+        self, name, initialize, flow, theory, *, key, draws=None, audit=None, slow=False
+    ) -> str:
+        """Adds a study and returns its name. `slow`: escapes may take longer than an
+        explicit method lasts."""
         config = self.config
         tsit5 = diffrax.Tsit5()
         integrator = Integrator(
@@ -253,16 +309,10 @@ class _Job:
             draws=config.draws if draws is None else draws,
             batch=config.batch,
         )
-        outcome = run_study(
-            study,
-            self._key(key),
-            dtype=config.dtype,
-            device=config.device,
-            progress=self.progress,
-        )
-        for stage, duration in outcome.seconds.items():
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + duration
-        return outcome
+        # Ranks and depths may be given twice.
+        name = f"{len(self.studies)} {name}"
+        self.studies[name] = (study, self._key(key))
+        return name
 
     def _key(self, row: int):
         return jr.fold_in(jr.key(self.config.seed), row)

@@ -1,5 +1,6 @@
 """What the draws of one row of a table came to, counted honestly."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -30,6 +31,15 @@ def tally(kinds: np.ndarray) -> dict[str, Any]:
         "outer high": share.outer_high,
         "diverged": int(failed.sum()),
     }
+
+
+def seconds_of(outcomes: Iterable[Outcome]) -> dict[str, float]:
+    """The seconds of several studies, by stage."""
+    seconds: dict[str, float] = {}
+    for outcome in outcomes:
+        for stage, duration in outcome.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + duration
+    return seconds
 
 
 def notes(where: str, outcome: Outcome) -> list[str]:

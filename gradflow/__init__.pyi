@@ -30,8 +30,19 @@ from .initial import (
 from .merging import merge as merge
 from .moments import Moments as Moments
 from .report import read_report as read_report, Report as Report
+from .sequential import (
+    Decided as Decided,
+    Narrower as Narrower,
+    run_until as run_until,
+)
 from .solve import integrate as integrate, Integrator as Integrator
-from .statistics import Fraction as Fraction, fraction as fraction
+from .statistics import (
+    Fraction as Fraction,
+    fraction as fraction,
+    Paired as Paired,
+    paired as paired,
+    strata as strata,
+)
 from .store import Store as Store
 from .study import (
     Outcome as Outcome,

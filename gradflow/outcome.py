@@ -102,16 +102,15 @@ def _flattened(tree: Any) -> tuple[dict[str, Any], Any]:
 def fingerprint(study: Any, key: Key) -> dict[str, Any]:
     """What a study is made of, as far as it can be told: its key, its code as lines of
     text, and a summary of each of its arrays."""
-    parts = {
-        name: getattr(study, name)
-        for name in ("initialize", "descend", "inspect", "batch")
-    }
+    names = ("initialize", "descend", "inspect")
+    parts = {name: getattr(study, name) for name in names}
     leaves, _ = _flattened(eqx.filter(parts, eqx.is_array_like))
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return {
         "key": np.asarray(jr.key_data(key) if typed else key),
         # Without addresses, which are others in the next process.
         "code": re.sub(r" at 0x[0-9a-f]+", "", eqx.tree_pformat(parts)).splitlines(),
+        "batch": study.batch,
         "arrays": {name: summary(leaf) for name, leaf in leaves.items()},
     }
 

@@ -11,6 +11,7 @@ import jax.random as jr
 import numpy as np
 
 from .ensemble import descend
+from .outcome import fingerprint
 from .precision import converted
 from .solve import Integrator
 from .types import Key
@@ -53,6 +54,10 @@ class Runner:
             parts.append((solution, finding))
             done(finding)
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    def fields(self) -> dict[str, Any]:
+        """What a store compares with the study that it has."""
+        return {"dtype": self.dtype, **fingerprint(self.inspected, self.key)}
 
     def like(self) -> tuple[Any, Any]:
         """Shapes of one draw's solution and finding."""

@@ -14,7 +14,6 @@ from .cell import Cell
 from .environment import environment, versions
 from .outcome import (
     arrays_of,
-    fingerprint,
     is_member,
     Outcome as Outcome,
     outcome_from,
@@ -129,9 +128,9 @@ def run_studies(
     outcomes = {}
     with precision(dtype), jax.default_device(devices[0]):
         # What a store has is read in no time.
-        with _Progress(total, 0, progress if store is None else False) as bar:
+        with Progress(total, 0, progress if store is None else False) as bar:
             for name, (study, key) in studies.items():
-                _check_key(key)
+                check_key(key)
                 runner = Runner(study, key, dtype, devices)
                 bar.studying(name if len(studies) > 1 else "")
                 if store is None:
@@ -163,17 +162,17 @@ def fill_studies(
     with precision(dtype), jax.default_device(devices[0]):
         runners, cells = {}, {}
         for name, (study, key) in studies.items():
-            _check_key(key)
+            check_key(key)
             runner = runners[name] = Runner(study, key, dtype, devices)
-            fields = {"dtype": dtype, **fingerprint(runner.inspected, key)}
-            cells[name] = store.cell(name, int(study.draws), fields, versions())
+            draws = int(study.draws)
+            cells[name] = store.cell(name, draws, runner.fields(), versions())
         done, all_chunks, draws = store.safe()
         if done:
             LOG.info(
                 "resuming %s: %d of %d chunks done", store.folder, done, all_chunks
             )
         left = sum(len(c.rows(i)) for c in cells.values() for i in c.todo())
-        with _Progress(draws + left, draws, progress) as bar:
+        with Progress(draws + left, draws, progress) as bar:
             for name, cell in cells.items():
                 bar.studying(name if len(studies) > 1 else "")
                 runner = runners[name]
@@ -213,7 +212,8 @@ def _read(cell: Cell, like: Any) -> tuple[Any, Any]:
     return outcome_from(like, whole)
 
 
-def _check_key(key):
+def check_key(key: Any) -> None:
+    """**Raises:** `ValueError` for anything but one key."""
     array = isinstance(key, jax.Array)
     typed = array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     raw = array and key.dtype == jnp.uint32
@@ -224,7 +224,7 @@ def _check_key(key):
         )
 
 
-class _Progress:
+class Progress:
     """A bar of draws done, with the shares of their verdicts so far."""
 
     def __init__(self, total: int, done: int, show: bool | None):
@@ -233,7 +233,7 @@ class _Progress:
         self._bar = tqdm(total=total, initial=done, unit=" draws", disable=hide)
         self.studying("")
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,6 +1,8 @@
 """Is what a folder has what would be computed again?"""
 
 import dataclasses
+import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 
 from .cell import Cell
 from .environment import environment
+from .files import canonical
 from .merging import same
 from .outcome import arrays_of
 from .precision import find_devices, precision
@@ -117,10 +120,14 @@ def _difference(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def same_rows(before: Report, again: Report) -> Checked:
-    """Compares the tables of a report and of one made again."""
-    one, other = before.table().splitlines(), again.table().splitlines()
-    differ = [line for line in other if line not in one]
-    if one == other:
-        return Checked(True, f"{len(before.rows)} rows computed again: the same", [])
-    text = f"{len(differ)} of {len(again.rows)} rows computed again are not the same"
+    """Compares the table of a report that was read with that of one made again."""
+    rows = json.loads(canonical(again.rows))
+    differ = [
+        f"row {number}: {there}, now {here}"
+        for number, (there, here) in enumerate(itertools.zip_longest(before.rows, rows))
+        if there != here
+    ]
+    if not differ:
+        return Checked(True, f"{len(rows)} rows computed again: the same", [])
+    text = f"{len(differ)} of {len(rows)} rows computed again are not the same"
     return Checked(False, text, differ)

@@ -43,6 +43,7 @@ LEVELS = {
     "merging": 4,
     "export": 4,
     "verifying": 11,
+    "sequential": 11,
     "plot": 11,
     "experiments": 11,
     "compiling": 0,

@@ -8,7 +8,8 @@ counted both ways: the outer interval is that of whatever they are.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import equinox as eqx
 import numpy as np
@@ -147,9 +148,10 @@ def confidence_sequence(
 
     # Concave, and positive at its maximum: one root on each side.
     at = count / draws
-    low = 0.0 if count == 0 else brentq(above, 0.0, at, xtol=1e-15)
-    high = 1.0 if count == draws else brentq(above, at, 1.0, xtol=1e-15)
-    return float(low), float(high)
+    solve = partial(cast(Any, brentq), above, xtol=1e-15)
+    low = 0.0 if count == 0 else solve(0.0, at)
+    high = 1.0 if count == draws else solve(at, 1.0)
+    return low, high
 
 
 class Paired(eqx.Module):
@@ -239,7 +241,9 @@ def paired(
 def _coin(heads: int, tails: int) -> float:
     from scipy.stats import binomtest
 
-    return 1.0 if heads + tails == 0 else binomtest(heads, heads + tails).pvalue
+    if heads + tails == 0:
+        return 1.0
+    return float(binomtest(heads, heads + tails).pvalue)
 
 
 def _largest_p(a: int, b: int, may_a: int, may_b: int) -> float:
@@ -250,7 +254,9 @@ def _largest_p(a: int, b: int, may_a: int, may_b: int) -> float:
     return _coin(min(b, a + may_a), b)
 
 
-def strata(labels: Sequence[Any], flags: Any, undecided: Any = None) -> dict[Any, Any]:
+def strata(
+    labels: Sequence[Any] | np.ndarray, flags: Any, undecided: Any = None
+) -> dict[Any, Any]:
     """The `Fraction` within each stratum: draws of equal label, such as the rank or the
     sign of the start. Each interval is of 95 % by itself.
 

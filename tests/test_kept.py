@@ -134,6 +134,7 @@ def _stopped_after(store, chunks):
 
 def test_kept_draws_are_those_of_a_run_in_memory(tmp_path):
     plain = run_study(_loop(), jr.key(3))
+    kept = plain
     for _ in range(2):
         with Store(tmp_path / "a", chunk=6) as store:
             kept = run_study(_loop(), jr.key(3), store=store)
@@ -249,8 +250,8 @@ def test_verify_finds_what_differs(tmp_path):
         with Store(tmp_path / "a") as store:
             fields = json.loads((tmp_path / "a/draws/a/cell.json").read_text())
             versions = fields.pop("versions")
-            kept = [fields.pop(key) for key in ("name", "draws")]
-            cell = store.cell(*kept, fields, versions)
+            name_, draws = fields.pop("name"), fields.pop("draws")
+            cell = store.cell(name_, draws, fields, versions)
             arrays, old = cell.read(1)
             arrays[name][2] = value
             cell.write(1, arrays, old | made)

@@ -52,3 +52,34 @@ def bars(rows: list[dict[str, Any]], path: Path) -> None:
     axes[-1, 0].set_xlabel("speed over the first row of each panel")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Cost against each quantity, a panel for each."""
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    figure, axes = plt.subplots(
+        1,
+        len(parts),
+        figsize=(2.9 * len(parts) + 0.6, 3.2),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, part in zip(axes[0], parts, strict=True):
+        inside = [row for row in rows if row["part"] == part]
+        for what in dict.fromkeys(row["what"] for row in inside):
+            line = [row for row in inside if row["what"] == what]
+            values = [row["value"] for row in line]
+            color = OURS if "gradflow" in what else OTHERS
+            costs = [row["us per draw"] for row in line]
+            ax.plot(values, costs, "o-", color=color, label=what, markersize=4)
+        ax.set_xlabel(part)
+        ax.set_yscale("log")
+        if part in ("draws", "width"):
+            ax.set_xscale("log")
+        else:
+            ax.set_xticks(sorted({row["value"] for row in inside}))
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("microseconds per draw")
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

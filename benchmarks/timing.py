@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import drawing
 import jax
@@ -23,6 +23,7 @@ import jax
 from gradflow.report import environment
 
 
+K = TypeVar("K")
 # A sample shorter than this is noise of the clock and of dispatch: calls are repeated.
 SHORTEST_SAMPLE = 0.1
 # To a call this long cold caches make no difference.
@@ -81,8 +82,8 @@ class Timing:
 
 
 def interleave(
-    candidates: Mapping[str, Candidate], *, repeats: int = 5
-) -> dict[str, Timing]:
+    candidates: Mapping[K, Candidate], *, repeats: int = 5
+) -> dict[K, Timing]:
     """Times each candidate `repeats` times, in turn, after two calls that are not
     counted. Results are waited for, on any device."""
     if repeats < 1:
@@ -94,7 +95,7 @@ def interleave(
         if once < LONG:
             once, results[name] = _timed(candidate.call, 1)
         calls[name] = max(1, round(SHORTEST_SAMPLE / max(once, 1e-9)))
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    samples: dict[K, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     for number in range(repeats):
         # Another one begins each round: the one after a long one finds a cold cache.

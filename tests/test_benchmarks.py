@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 def module(monkeypatch):
     """Imports a file of `benchmarks/` as a script there would."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("timing", "bench_velocity", "bench_fixed_rank", "bench_ensemble")
+    names = [path.stem for path in FOLDER.glob("*.py")]
     yield importlib.import_module
     for name in names:
         sys.modules.pop(name, None)
@@ -136,6 +136,26 @@ def test_ensemble_smoke(tmp_path):
         assert row["us per lane"] > 0 and 0 <= (row["idle"] or 0) < 1
         assert row["certified"] == row["lanes"] == 8
     assert table in printed
+
+
+@pytest.mark.slow  # continuous integration runs it
+def test_scaling_smoke(tmp_path):
+    document, table, printed = smoke("scaling", tmp_path)
+    rows = document["rows"]
+    parts = ("draws", "width", "depth", "devices", "processes")
+    assert tuple(dict.fromkeys(row["part"] for row in rows)) == parts
+    for row in rows:
+        assert row["us per draw"] > 0 and row["certified"] == row["draws"]
+    assert {row["value"] for row in rows if row["part"] in parts[3:]} == {1, 2}
+    assert table in printed
+
+
+def test_wrong_scaling_fails(module):
+    bench = module("bench_scaling")
+    row = {"part": "width", "value": 5, "what": bench.OURS, "draws": 3, "certified": 3}
+    assert not bench.failures([row])
+    (text,) = bench.failures([{**row, "certified": 2}])
+    assert text == "width=5: 2 of 3 draws certified"
 
 
 def test_wrong_ensembles_fail(module):

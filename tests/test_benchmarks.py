@@ -138,8 +138,8 @@ def test_ensemble_smoke(tmp_path):
     assert table in printed
 
 
-@pytest.mark.slow  # continuous integration runs it
-def test_scaling_smoke(tmp_path):
+@pytest.mark.slow
+def test_scaling_at_small_sizes(tmp_path):
     document, table, printed = smoke("scaling", tmp_path)
     rows = document["rows"]
     parts = ("draws", "width", "depth", "devices", "processes")

@@ -16,7 +16,6 @@ from .critical import (
     RULE as RULE,
 )
 from .descent import Descent as Descent, RESULTS as RESULTS, Solution as Solution
-from .export import to_xarray as to_xarray
 from .flow import AbstractFlow as AbstractFlow, GradientFlow as GradientFlow
 from .initial import (
     BalancedInit as BalancedInit,
@@ -27,7 +26,6 @@ from .initial import (
     OrthonormalBalancedInit as OrthonormalBalancedInit,
     section7_widths as section7_widths,
 )
-from .merging import merge as merge
 from .moments import Moments as Moments
 from .report import read_report as read_report, Report as Report
 from .sequential import (
@@ -43,7 +41,9 @@ from .statistics import (
     paired as paired,
     strata as strata,
 )
-from .store import Store as Store
+from .store.export import to_xarray as to_xarray
+from .store.folder import Store as Store
+from .store.merging import merge as merge
 from .study import (
     Outcome as Outcome,
     precision as precision,

@@ -134,7 +134,7 @@ def export(folder: Folder, file: Path, /) -> int:
     file
         The file to write, such as draws.nc.
     """
-    from .export import export_netcdf
+    from .store.export import export_netcdf
 
     export_netcdf(folder, file)
     print(file)

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .difference import FREE
 from .environment import (
     environment as environment,
     TRAJECTORIES as TRAJECTORIES,
     VERDICTS as VERDICTS,
 )
-from .files import plain, write_whole
+from .store.difference import FREE
+from .store.files import plain, write_whole
 
 
 @dataclasses.dataclass(frozen=True)

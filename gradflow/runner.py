@@ -11,9 +11,9 @@ import jax.random as jr
 import numpy as np
 
 from .ensemble import descend
-from .outcome import fingerprint
-from .precision import converted
+from .environment import converted
 from .solve import Integrator
+from .store.arrays import fingerprint
 from .types import Key
 
 

@@ -53,7 +53,7 @@ def kept(
     strict: bool,
 ) -> int:
     """Runs an experiment of many draws, which are kept in `out` as they are done."""
-    from .store import Store
+    from .store.folder import Store
 
     check(out, name, config)
     settings = dataclasses.asdict(config)
@@ -76,7 +76,7 @@ def shard(
     quiet: bool,
 ) -> int:
     """Computes one part of an experiment's draws, in a folder of its own."""
-    from .store import CHUNK, Store
+    from .store.folder import CHUNK, Store
     from .study import fill_studies
 
     number, count = part
@@ -126,7 +126,7 @@ def _stopped(store: Any) -> str:
 
 def merge(folders: Sequence[Path], out: Path, *, quiet: bool, strict: bool) -> int:
     """Puts shards together, and reports if that is all."""
-    from . import merging
+    from .store import merging
 
     study = merging.merge(folders, out)
     lacking = merging.missing(out)
@@ -144,7 +144,7 @@ def merge(folders: Sequence[Path], out: Path, *, quiet: bool, strict: bool) -> i
 def verify(folder: Path, chunks: int, *, quiet: bool) -> int:
     """Computes some of what a folder has again, and compares."""
     from .report import read_report
-    from .store import read_study
+    from .store.folder import read_study
     from .verifying import same_rows, verify_studies
 
     progress = False if quiet else None

@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from .environment import environment, versions
-from .outcome import arrays_of, Outcome, outcome_from
-from .precision import find_devices, precision
+from .environment import environment, find_devices, precision, versions
 from .runner import Runner
 from .statistics import counted, Fraction
-from .store import CHUNK, Store
-from .study import check_key, Progress, Study
+from .store.arrays import arrays_of, outcome_from
+from .store.folder import CHUNK, Store
+from .study import check_key, Outcome, Progress, Study
 from .types import Key
 
 
@@ -93,7 +92,7 @@ def run_until(
             cell = store.cell("study", study.draws, runner.fields(), versions())
             every = cell.chunk
         made = environment(dtype, devices[0])
-        parts, counts = [], np.zeros(3, dtype=int)
+        parts, counts, share = [], np.zeros(3, dtype=int), counted(0, 1)
         with Progress(study.draws, 0, progress) as bar:
             for index in range(-(-study.draws // every)):
                 first = index * every

@@ -109,12 +109,19 @@ def counted(
 def clopper_pearson(
     count: int, draws: int, level: float = LEVEL
 ) -> tuple[float, float]:
-    """The exact interval for the probability of `count` out of `draws`."""
-    # Imported late: scipy.stats costs half a second.
-    from scipy.stats import binomtest
+    """The exact interval for the probability of `count` out of `draws`.
 
-    interval = binomtest(count, draws).proportion_ci(level, method="exact")
-    return float(interval.low), float(interval.high)
+    **Raises:** `ValueError` for a count that is not in 0 to draws.
+    """
+    from scipy.special import betaincinv
+
+    if not 0 <= count <= draws or draws < 1:
+        raise ValueError(f"count={count} must be in 0 to draws={draws}, draws >= 1")
+    tail, misses = (1 - level) / 2, draws - count
+    low = 0.0 if count == 0 else betaincinv(count, misses + 1, tail)
+    # By its complement, for ends near 1 too.
+    high = 1.0 if misses == 0 else 1 - betaincinv(misses, count + 1, tail)
+    return float(low), float(high)
 
 
 def zero_limit(draws: int, level: float = LEVEL) -> float:
@@ -140,6 +147,8 @@ def confidence_sequence(
     from scipy.optimize import brentq
     from scipy.special import betaln, xlog1py, xlogy
 
+    if not 0 <= count <= draws or draws < 1:
+        raise ValueError(f"count={count} must be in 0 to draws={draws}, draws >= 1")
     hits, misses = count, draws - count
     least = betaln(hits + 0.5, misses + 0.5) - betaln(0.5, 0.5) + math.log1p(-level)
 

@@ -10,22 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from .cell import Cell
-from .environment import environment, versions
-from .outcome import (
-    arrays_of,
-    is_member,
-    Outcome as Outcome,
-    outcome_from,
-)
-from .precision import (
+from .environment import (
+    environment,
     find_device as find_device,
     find_devices,
     precision as precision,
+    versions,
 )
 from .runner import Runner
 from .solution import Solution
-from .store import slug_of, Store
+from .store.arrays import arrays_of, is_member, outcome_from
+from .store.cell import Cell
+from .store.folder import slug_of, Store
 from .types import Key, names_of, P
 
 
@@ -67,6 +63,16 @@ class Study(eqx.Module, Generic[P, F]):
                 raise ValueError(
                     f"{name} must be a function of {of}, got {type(value).__name__}"
                 )
+
+
+class Outcome(eqx.Module, Generic[P, F]):
+    """One `Solution` and one finding per draw: every leaf is a numpy array with a
+    leading axis of draws. `seconds`: of first batches, compilation included, and of
+    all others; draws that were read from a store took none."""
+
+    solution: Solution[P]
+    finding: F
+    seconds: dict[str, float]
 
 
 def run_study(

@@ -10,15 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from .cell import Cell
-from .environment import environment
-from .files import canonical
-from .merging import same
-from .outcome import arrays_of
-from .precision import find_devices, precision
+from .environment import environment, find_devices, precision
 from .report import Report
 from .runner import Runner
-from .store import read_study, slug_of
+from .store.arrays import arrays_of
+from .store.cell import Cell
+from .store.files import canonical
+from .store.folder import read_study, slug_of
+from .store.merging import same
 from .types import Key
 
 

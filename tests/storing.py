@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradflow.store import Store
+from gradflow.store.folder import Store
 
 
 VERSIONS = {"jax": "1.0"}

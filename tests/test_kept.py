@@ -39,7 +39,7 @@ from gradflow.cli import main
 from gradflow.datasets import gaussian
 from gradflow.experiments import escape
 from gradflow.models import SquaredLoss
-from gradflow.outcome import arrays_of, outcome_from
+from gradflow.store.arrays import arrays_of, outcome_from
 from gradflow.study import fill_studies
 from gradflow.theory import LinearTheory
 

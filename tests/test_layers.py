@@ -10,14 +10,9 @@ ROOT = Path(__file__).parent.parent / "gradflow"
 # A module imports only from lower numbers; within a level, only `base`.
 LEVELS = {
     "types": 0,
-    "files": 0,
-    "environment": 0,
-    "difference": 0,
-    "chunk": 1,
-    "cell": 2,
-    "precision": 1,
+    "environment": 1,
     "statistics": 1,
-    "store": 3,
+    "store": 5,
     "moments": 1,
     "spectrum": 1,
     "datasets": 1,
@@ -36,12 +31,9 @@ LEVELS = {
     "solve": 7,
     "critical": 5,
     "ensemble": 8,
-    "outcome": 8,
     "runner": 9,
     "study": 10,
     "report": 10,
-    "merging": 4,
-    "export": 4,
     "verifying": 11,
     "sequential": 11,
     "plot": 11,
@@ -61,6 +53,8 @@ WITHIN = {
     ("data", "datasets"),
     ("datasets", "data"),
 }
+# Within the store, in this order.
+STORE = ("files", "difference", "chunk", "arrays", "cell", "folder")
 # Files of theory without a twin in models: shared machinery, exact trajectories (of the
 # networks of models/linear.py, as is Oja's flow).
 WITHOUT_TWIN = {"base", "second_order", "dynamics", "oja", "riccati", "rates"}
@@ -96,6 +90,12 @@ def test_layers(path):
         mine, theirs = LEVELS[parts[0]], LEVELS[target[0]]
         within = parts[0] == target[0] or (parts[0], target[0]) in WITHIN
         assert theirs < mine or within, f"{'/'.join(parts)} imports {target}"
+
+
+def test_layers_of_the_store():
+    for place, name in enumerate(STORE):
+        used = {target[1:] for target in imported(ROOT / "store" / f"{name}.py")}
+        assert not used & {(later,) for later in (*STORE[place:], "merging", "export")}
 
 
 def test_firewall():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import gradflow.environment
-import gradflow.files
 import gradflow.report
+import gradflow.store.files
 from gradflow import read_report, Report
 from gradflow.environment import environment
-from gradflow.files import write_whole
+from gradflow.store.files import write_whole
 
 
 def _report(**changes):
@@ -116,7 +116,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken, e
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(gradflow.files.os, broken, fail)
+    monkeypatch.setattr(gradflow.store.files.os, broken, fail)
     with pytest.raises(type(error)):
         write_whole(path, b"new and longer")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [

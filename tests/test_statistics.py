@@ -97,11 +97,11 @@ def _walk(p, draws, ends):
 
 @pytest.fixture(scope="module")
 def sequences():
-    """The intervals of all counts, up to 150 draws."""
+    """The intervals of all counts, up to 100 draws."""
     return {n: [counted(s, n, sequential=True) for s in range(n + 1)] for n in LENGTHS}
 
 
-LENGTHS = range(1, 151)
+LENGTHS = range(1, 101)
 
 
 def _covers(shares, p):

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradflow.chunk import Damaged, MARK, pack, TRAILER, unpack
-from gradflow.merging import merge, missing
-from gradflow.store import read_study, Store
+from gradflow.store.chunk import Damaged, MARK, pack, TRAILER, unpack
+from gradflow.store.folder import read_study, Store
+from gradflow.store.merging import merge, missing
 
 
 VERSIONS = {"jax": "1.0", "numpy": "2.0"}

@@ -26,7 +26,7 @@ from ..models.linear import SquaredLoss
 from ..moments import Moments
 from ..report import environment, Report, VERDICTS
 from ..solve import integrate, Integrator, TOLERANCE_RATIO
-from ..store import Store
+from ..store.folder import Store
 from ..study import find_device, Outcome, precision, run_studies, Study
 from ..theory.linear import LinearTheory, TIE
 from ..types import Key, names_of

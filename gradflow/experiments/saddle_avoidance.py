@@ -37,7 +37,7 @@ from ..moments import Moments
 from ..report import environment, Report, VERDICTS
 from ..solve import integrate, Integrator
 from ..solvers.stiff import stiff
-from ..store import Store
+from ..store.folder import Store
 from ..study import find_device, Outcome, precision, run_studies, Study
 from ..theory.linear import LinearTheory
 from ..theory.low_rank import LowRankTheory

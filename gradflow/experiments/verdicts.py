@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from ..critical import describe, KIND
-from ..outcome import Outcome
 from ..solution import RESULTS
 from ..statistics import fraction
+from ..study import Outcome
 from ..types import names_of
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from .cell import Cell
 from .difference import differences, FREE
 from .files import write_whole
-from .store import read_study, Store
+from .folder import read_study, Store
 
 
 LOG = logging.getLogger("gradflow")

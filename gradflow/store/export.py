@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .files import canonical
-from .store import read_study
+from .folder import read_study
 
 
 def to_xarray(folder: Path | str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What a study's draws came to, and the same as named arrays that can be stored."""
+"""Solutions and findings as named arrays, and what a study is made of as text."""
 
 import re
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,23 +9,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from .solution import RESULTS, Solution
-from .types import Key, names_of, P
+from ..solution import RESULTS
+from ..types import Key, names_of
 
 
-F = TypeVar("F")
 # The class of the members of all enumerations, which equinox does not export.
 MEMBER = type(RESULTS.rule_met)
-
-
-class Outcome(eqx.Module, Generic[P, F]):
-    """One `Solution` and one finding per draw: every leaf is a numpy array with a
-    leading axis of draws. `seconds`: of first batches, compilation included, and of
-    all others; draws that were read from a store took none."""
-
-    solution: Solution[P]
-    finding: F
-    seconds: dict[str, float]
 
 
 def arrays_of(solution: Any, finding: Any) -> dict[str, np.ndarray]:

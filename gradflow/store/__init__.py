@@ -1,0 +1,1 @@
+"""Studies on disk: what `gf.Store`, `gf.merge` and `gf.to_xarray` are made of."""

@@ -8,7 +8,7 @@ same number of lanes, so it comes out the same to the last bit, whatever the oth
 """
 
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .descent import Descent, End, handed_over, State
+from .descent import AbstractDescent, Descent, End, handed_over, State
+from .iterate import Iterator
 from .lanes.base import Lanes
 from .lanes.chebyshev import chebyshev_lanes
 from .lanes.explicit import explicit_lanes
@@ -41,13 +42,13 @@ SHARE = 16
 
 
 def descend(
-    integrator: Integrator[P],
+    integrator: Integrator[P] | Iterator[P],
     initialize: Callable[[Key], P],
     key: Key,
     draws: int,
     lanes: int,
     devices: Sequence[Any] = (),
-) -> Iterator[tuple[Solution[P], dict[str, int]]]:
+) -> Generator[tuple[Solution[P], dict[str, int]], None, None]:
     """The solutions of draws 0, 1, ... in blocks as they are done, as numpy arrays
     with a leading axis of draws; and the work that the lanes did, `used` and `all`: in
     velocities, or in trial steps where these are not counted.
@@ -120,9 +121,9 @@ def _block(integrator, initialize, key, first, count, size, lanes):
     return jax.tree.map(lambda leaf: np.array(leaf[:count]), solution), steps
 
 
-def lanes_of(descent: Descent, like: Any) -> Lanes:
+def lanes_of(descent: AbstractDescent, like: Any) -> Lanes:
     """The fastest lanes there are for this descent of points like `like`."""
-    if descent.audit is not None:
+    if not isinstance(descent, Descent) or descent.audit is not None:
         return Lanes(descent)
     layout = layout_of(descent, like)
     return (
@@ -260,6 +261,7 @@ def _kept(state: State) -> End:
         state.result,
         state.broken,
         state.start,
+        state.record,
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .ensemble import descend
+from .iterate import Iterator
 from .solution import Solution
 from .solve import Integrator
 from .types import Key, P
@@ -28,8 +29,8 @@ class Study(eqx.Module, Generic[P, F]):
     """Three functions composed over many draws.
 
     - `initialize`: from a key to a point.
-    - `descend`: from a point to a `Solution`: an `Integrator`, whose lanes begin anew
-      as they end, or any function (EM, your own loop), which is vmapped.
+    - `descend`: from a point to a `Solution`: an `Integrator` or an `Iterator`, whose
+      lanes begin anew as they end, or any function (your own loop), which is vmapped.
     - `inspect`: from that solution to a finding, e.g. `classify`.
     - `draws`: how many. `batch`: how many are run at once; it bounds memory and does
       not change what draw i is.
@@ -117,7 +118,8 @@ def run_study(
 ) -> Outcome[P, F]:
     """Runs every draw. Draw i depends on `study`, `key` and i only.
 
-    An `Integrator` runs on all devices of the kind, each with its own queue and batch.
+    An `Integrator` or an `Iterator` runs on all devices of the kind, each with its own
+    queue and batch.
 
     **Arguments:**
 
@@ -188,7 +190,7 @@ def _check_key(key):
 
 
 def _descend_all(study, key, seconds, bar, devices):
-    if isinstance(study.descend, Integrator):
+    if isinstance(study.descend, (Integrator, Iterator)):
         return _descend_refilled(study, key, seconds, bar, devices)
     points = _in_batches(
         partial(_initialize, study.initialize, key),

@@ -281,11 +281,14 @@ class Full(AbstractNoise):
         above = jnp.all(jnp.isfinite(jnp.linalg.cholesky(scaled - floor * eye)))
 
         def raised():
+            # By QR: the product of the factors would round off the smallest.
             values, vectors = jnp.linalg.eigh(scaled)
-            return (vectors * jnp.maximum(values, floor)[None, :]) @ vectors.T
+            values = jnp.sqrt(jnp.maximum(values, floor))
+            upper = jnp.linalg.qr(values[:, None] * vectors.T, mode="r")
+            return upper.T * jnp.sign(jnp.diagonal(upper))[None, :]
 
-        scaled = jax.lax.cond(above, lambda: scaled, raised)
-        return Full._of_root(jnp.linalg.cholesky(scaled) * root[:, None])
+        lower = jax.lax.cond(above, lambda: jnp.linalg.cholesky(scaled), raised)
+        return Full._of_root(lower * root[:, None])
 
     def floored(self, scales: Float[Array, " x"], floor: float) -> Bool[Array, " x"]:
         """At its floor is a combination of variables; named is the one with the

@@ -43,8 +43,11 @@ ITERATIONS = {
     "squarem": lambda energy: Squarem(ExpectationMaximization(energy)),
 }
 # Every scheme for every model that it is for.
+DEFAULT = {*((model, "em") for model in MODELS), ("ibfa", "alternating")}
 PAIRS = [
-    (model, name)
+    pytest.param(
+        model, name, marks=() if (model, name) in DEFAULT else (pytest.mark.slow,)
+    )
     for model in MODELS
     for name in ITERATIONS
     if name != "alternating" or model == "ibfa"

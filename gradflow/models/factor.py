@@ -131,6 +131,11 @@ def _as_pattern(pattern: Any) -> tuple[tuple[bool, ...], ...] | None:
     return tuple(tuple(row) for row in array.tolist())
 
 
+def _joint(moments: Moments) -> Float[Array, "x x"]:
+    xx, xy, yy = moments.xx, moments.xy, moments.yy
+    return xx if moments.autoencoding else jnp.block([[xx, xy], [xy.T, yy]])
+
+
 class NegativeLogLikelihood(AbstractLatentEnergy[LatentGaussian, Statistics]):
     r"""$\frac12 (P \log 2\pi + \log|C| + \mathrm{tr}(C^{-1} S))$ with $C = WW^\top +
     \Psi$: minus the log-likelihood per sample of centred data.
@@ -149,10 +154,15 @@ class NegativeLogLikelihood(AbstractLatentEnergy[LatentGaussian, Statistics]):
     """
 
     moments: Moments
-    pattern: tuple[tuple[bool, ...], ...] | None = eqx.field(
-        static=True, default=None, converter=_as_pattern
-    )
-    floor: float = eqx.field(static=True, default=1e-6)
+    root: Float[Array, "x x"]  # of the covariance
+    pattern: tuple[tuple[bool, ...], ...] | None = eqx.field(static=True)
+    floor: float = eqx.field(static=True)
+
+    def __init__(self, moments: Moments, pattern: Any = None, floor: float = 1e-6):
+        self.moments, self.floor = moments, floor
+        self.pattern = _as_pattern(pattern)
+        values, vectors = jnp.linalg.eigh(_joint(moments))
+        self.root = vectors * jnp.sqrt(jnp.maximum(values, 0))[None, :]
 
     def __check_init__(self):
         number = isinstance(self.floor, (int, float, np.number))
@@ -185,24 +195,15 @@ class NegativeLogLikelihood(AbstractLatentEnergy[LatentGaussian, Statistics]):
     @property
     def covariance(self) -> Float[Array, "x x"]:
         """$S$, of all views together."""
-        xx, xy, yy = self.moments.xx, self.moments.xy, self.moments.yy
-        return xx if self.moments.autoencoding else jnp.block([[xx, xy], [xy.T, yy]])
+        return _joint(self.moments)
 
     def __call__(self, point: LatentGaussian) -> Scalar:
-        point, covariance = self.held(point), self.covariance
-        mean_map, _ = point.posterior_map()
-        # C^-1 = T' Psi^-1 T + H' H with T = I - W H: a sum without cancellation, which
-        # small noise would make the whole error.
-        seen = mean_map @ covariance
-        eye = jnp.eye(self.size, dtype=covariance.dtype)
-        rest, turned = (
-            point.noise.whiten(matrix)
-            for matrix in (
-                covariance - point.loadings @ seen,
-                eye - point.loadings @ mean_map,
-            )
-        )
-        trace = jnp.sum(rest * turned) + jnp.sum(seen * mean_map)
+        point = self.held(point)
+        # C^-1 = T' Psi^-1 T + H' H with T = I - W H: a sum of squares, where the usual
+        # difference of two traces would cancel if noise is small.
+        seen = point.posterior_map()[0] @ self.root
+        rest = point.noise.whiten(self.root - point.loadings @ seen)
+        trace = jnp.sum(rest**2) + jnp.sum(seen**2)
         return 0.5 * (point.log_normalizer() + trace)
 
     def held(self, point: LatentGaussian) -> LatentGaussian:
@@ -226,8 +227,8 @@ class NegativeLogLikelihood(AbstractLatentEnergy[LatentGaussian, Statistics]):
 
     def e_step(self, point: LatentGaussian) -> Statistics:
         mean_map, covariance = self.held(point).posterior_map()
-        seen = mean_map @ self.covariance
-        return Statistics(seen.T, covariance + seen @ mean_map.T)
+        seen = mean_map @ self.root
+        return Statistics(self.root @ seen.T, covariance + seen @ seen.T)
 
     def m_step(self, point: LatentGaussian, statistics: Statistics) -> LatentGaussian:
         r"""$W = S_{xz} S_{zz}^{-1}$ on the free loadings, and $\Psi$ fitted to what it

@@ -198,12 +198,15 @@ class PPCATheory(AbstractTheory[LatentGaussian]):
         return jnp.asarray(mask)
 
     def _variance(self, mask):
-        rest = jnp.sum(jnp.where(mask, 0, self.eigenvalues))
-        return rest / jnp.maximum(jnp.sum(~mask), 1).astype(rest.dtype)
+        rest = jnp.where(mask, 0, self.eigenvalues)
+        return jnp.sum(rest) / self._left(mask)
+
+    def _left(self, mask):
+        return jnp.sum(jnp.where(mask, 0, jnp.ones_like(self.eigenvalues)))
 
     def _value(self, mask):
         kept = jnp.sum(jnp.log(jnp.where(mask, self.eigenvalues, 1)))
-        left = jnp.sum(~mask) * jnp.log(self._variance(mask))
+        left = self._left(mask) * jnp.log(self._variance(mask))
         constant = mask.size * (math.log(2 * math.pi) + 1)
         return 0.5 * (constant + kept + left)
 

@@ -16,6 +16,7 @@ from .critical import (
     RULE as RULE,
 )
 from .descent import Descent as Descent, RESULTS as RESULTS, Solution as Solution
+from .factor_analysis import FactorAnalysis as FactorAnalysis
 from .flow import AbstractFlow as AbstractFlow, GradientFlow as GradientFlow
 from .initial import (
     BalancedInit as BalancedInit,
@@ -25,6 +26,14 @@ from .initial import (
     OrthogonalInit as OrthogonalInit,
     OrthonormalBalancedInit as OrthonormalBalancedInit,
     section7_widths as section7_widths,
+)
+from .iterate import iterate as iterate, Iterator as Iterator
+from .iteration import (
+    AbstractIteration as AbstractIteration,
+    AlternatingMaximization as AlternatingMaximization,
+    ExpandedMaximization as ExpandedMaximization,
+    ExpectationMaximization as ExpectationMaximization,
+    Squarem as Squarem,
 )
 from .moments import Moments as Moments
 from .report import read_report as read_report, Report as Report

@@ -31,6 +31,7 @@ class Stepwise(AbstractDescent[P]):
     stop: Callable[[P], Bool[Array, ""]] | None
     max_steps: Int[Array, ""]
     slack: Scalar
+    gain: Scalar
 
     def init(self, point: P, time: Scalar) -> State[P]:
         """A run that starts at `point`."""
@@ -74,6 +75,7 @@ class Stepwise(AbstractDescent[P]):
         )
         moved = distance(point, state.point)
         one = jnp.where(due, 0, 1)
+        resting = (moved <= self.tolerance) | (-increase <= self.gain)
         time, steps = state.time + one, state.steps + one
         met = jnp.array(False) if self.stop is None else jnp.asarray(self.stop(point))
 
@@ -82,7 +84,7 @@ class Stepwise(AbstractDescent[P]):
         for condition, member in (
             (steps >= self.max_steps, RESULTS.max_steps_reached),
             (time >= horizon, RESULTS.horizon_reached),
-            (taken & (moved <= self.tolerance) & (self.stop is None), SUCCESSFUL),
+            (taken & resting & (self.stop is None), SUCCESSFUL),
             (taken & met, RESULTS.rule_met),
             (~falls & ~due, RESULTS.energy_increased),
         ):
@@ -158,10 +160,11 @@ class Iterator(eqx.Module, Generic[P]):
     stop: Callable[[P], Bool[Array, ""]] | None = None
     max_steps: int | Int[Array, ""] = 10_000
     slack: float | None = None
+    gain: float | None = None
 
     def __check_init__(self):
         check_positive("max_steps", self.max_steps, whole=True)
-        for name in ("tolerance", "slack"):
+        for name in ("tolerance", "slack", "gain"):
             value = getattr(self, name)
             if value is not None:
                 check_positive(name, value)
@@ -184,7 +187,12 @@ class Iterator(eqx.Module, Generic[P]):
         )
         return (
             Stepwise(
-                self.iteration, tolerance, self.stop, jnp.asarray(self.max_steps), slack
+                self.iteration,
+                tolerance,
+                self.stop,
+                jnp.asarray(self.max_steps),
+                slack,
+                jnp.asarray(-jnp.inf if self.gain is None else self.gain, dtype),
             ),
         )
 
@@ -203,6 +211,7 @@ def iterate(
     observe: Mapping[str, Callable[[P], PyTree[Array]]] | None = None,
     max_steps: int | Int[Array, ""] = 10_000,
     slack: float | None = None,
+    gain: float | None = None,
     throw: bool = True,
 ) -> Solution[P]:
     r"""Iterates $x \mapsto F(x)$ from `point0`.
@@ -216,6 +225,8 @@ def iterate(
     - `max_steps`: the number of steps to give up at.
     - `slack`: by how much, relative to its size or 1, a step may raise the energy: what
       rounding can do (default 1e-10 in float64, 1e-4 in float32).
+    - `gain`: stop, too, at a step that lowers the energy by no more than this: where an
+      optimum lies at infinity (a noise variance that goes to 0), steps stay long.
     - `throw`: raise if the run fails. Pass `False` under `vmap` and read `result`.
 
     `stats` has the worst `increase` of the energy, the number of times that the
@@ -226,7 +237,7 @@ def iterate(
     `throw=True`) when the energy rises, the steps are used up or the start is not
     finite.
     """
-    iterator = Iterator(iteration, tolerance, stop, max_steps, slack)
+    iterator = Iterator(iteration, tolerance, stop, max_steps, slack, gain)
     dtype = checked_dtype(point0)
     solution = observed(
         iterator.descents(point0),

@@ -84,6 +84,15 @@ def test_a_rule_ends_a_run(problem):
     assert at_once.result == RESULTS.rule_met and at_once.stats["steps"] == 0
 
 
+def test_a_small_gain_ends_a_run(problem):
+    iteration, start = problem
+    _, energies = _by_hand(iteration, start, 12)
+    gains = -np.diff(energies)
+    assert np.all(np.diff(gains[3:]) < 0)
+    end = iterate(iteration, start, gain=0.5 * float(gains[8] + gains[9]))
+    assert end.result == RESULTS.successful and end.stats["steps"] == 10
+
+
 class Bowl(AbstractEnergy):
     """$x^2$, or a NaN where x < 0."""
 
@@ -165,7 +174,7 @@ def test_float32(problem):
     np.testing.assert_allclose(end.energy, wide.energy, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["tolerance", "slack", "max_steps"])
+@pytest.mark.parametrize("name", ["tolerance", "slack", "gain", "max_steps"])
 def test_numbers_refuse(problem, name):
     iteration, start = problem
     for bad in (0, -1, np.nan, "x"):

@@ -30,6 +30,7 @@ LEVELS = {
     "solve": 7,
     "critical": 5,
     "iterate": 8,
+    "factor_analysis": 9,
     "ensemble": 9,
     "study": 10,
     "report": 11,

@@ -45,7 +45,7 @@ class FactorAnalysis:
 
     - `n_components`: the number of latent variables; `None`: that of the variables.
     - `noise`: "diagonal", or "isotropic", which is probabilistic PCA (closed form).
-    - `rotation`: `None` (then $W^\top\Psi^{-1}W$ is diagonal), "varimax" or "quartimax".
+    - `rotation`: "varimax", "quartimax" or `None`: $W^\top\Psi^{-1}W$ is diagonal.
     - `tol`: stop at a step that adds no more to the average log-likelihood.
     - `max_iter`: steps, of three EM updates each.
     - `noise_variance_init`: of each variable, to start from.
@@ -64,7 +64,7 @@ class FactorAnalysis:
         *,
         noise: str = "diagonal",
         rotation: str | None = None,
-        tol: float = 1e-12,
+        tol: float | int = 1e-12,
         max_iter: int = 10_000,
         noise_variance_init: Any = None,
         floor: float = 1e-6,

@@ -149,10 +149,10 @@ class Squarem(AbstractIteration[P]):
     """
 
     iteration: AbstractIteration[P]
+    energy: AbstractEnergy[P]
 
-    @property
-    def energy(self) -> AbstractEnergy[P]:
-        return self.iteration.energy
+    def __init__(self, iteration: AbstractIteration[P]):
+        self.iteration, self.energy = iteration, iteration.energy
 
     @property
     def updates(self) -> int:

@@ -1,6 +1,7 @@
 """The front for practitioners, beside scikit-learn's."""
 
 import warnings
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -150,11 +151,11 @@ def test_refuses(data):
             FactorAnalysis(bad).fit(data)
     for name in ("noise", "rotation"):
         with pytest.raises(ValueError, match=f"{name}='promax' must be one of"):
-            FactorAnalysis(1, **{name: "promax"}).fit(data)
+            FactorAnalysis(1, **cast(Any, {name: "promax"})).fit(data)
     for name in ("tol", "max_iter"):
         for bad in (0, -1):
             with pytest.raises(ValueError, match=r"(gain|max_steps) must be > 0"):
-                FactorAnalysis(1, **{name: bad}).fit(data)
+                FactorAnalysis(1, **cast(Any, {name: bad})).fit(data)
     for bad, text in (
         (np.array([[1.0, np.nan], [0, 1]]), "x has 1 non-finite value"),
         (np.array([["a", "b"]]), "x has dtype <U1: give real numbers"),

@@ -66,9 +66,10 @@ def test_observed_runs(problem):
         iteration, start, times=times, observe={"energy": iteration.energy}, stop=None
     )
     _, energies = _by_hand(iteration, start, 6)
-    np.testing.assert_allclose(end.history["energy"], energies[[0, 1, 3, 6]])
     assert end.time == 6 and end.result == RESULTS.horizon_reached
     by_default = iterate(iteration, start, times=times)
+    assert end.history is not None and by_default.history is not None
+    np.testing.assert_allclose(end.history["energy"], energies[[0, 1, 3, 6]])
     np.testing.assert_array_equal(by_default.history["energy"], end.history["energy"])
     with pytest.raises(ValueError, match="observe is given without times"):
         iterate(iteration, start, observe={})

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from scipy.optimize import minimize
 
 from gradflow.noise import Block, Diagonal, Full, Isotropic, Residual
@@ -90,7 +91,7 @@ def test_fits_minimize(rng):
     for noise, _ in _structures(rng):
         found = noise.fit(residual, FLOOR)
         assert type(found) is type(noise)
-        flat, restore = jax.flatten_util.ravel_pytree(noise)
+        flat, restore = ravel_pytree(noise)
         both = jax.jit(jax.value_and_grad(lambda x: cost(restore(x))))  # noqa: B023
         best = minimize(lambda x: [np.asarray(a) for a in both(x)], flat, jac=True)  # noqa: B023
         assert float(cost(found)) <= best.fun + 1e-12

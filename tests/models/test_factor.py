@@ -1,5 +1,7 @@
 """The likelihood of Gaussian latent variables, against its definition."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import jax.random as jr
 import mpmath
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from latents import (
     covariance_of,
     energy_of,
@@ -63,7 +66,7 @@ def test_one_em_step_by_hand():
     loadings = jnp.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.2, -0.3]])
     point = LatentGaussian(loadings, Diagonal.of([1.0, 0.8, 0.9, 0.7]))
     np.testing.assert_allclose(energy(point), 6.101577255117149, rtol=1e-14)
-    after = energy.m_step(point, energy.e_step(point))
+    after: Any = energy.m_step(point, energy.e_step(point))
     np.testing.assert_allclose(energy(after), 5.949950559031267, rtol=1e-14)
     np.testing.assert_allclose(
         jnp.exp(after.noise.log_variances),
@@ -95,7 +98,7 @@ def test_one_em_step_of_a_battery_by_hand():
         jnp.asarray(loadings), Block((Isotropic.of(1.0, 4), Isotropic.of(1.0, 3)))
     )
     np.testing.assert_allclose(energy(point), 10.083532537350665, rtol=1e-13)
-    after = energy.m_step(point, energy.e_step(point))
+    after: Any = energy.m_step(point, energy.e_step(point))
     np.testing.assert_allclose(energy(after), 9.315010215759996, rtol=1e-13)
     np.testing.assert_allclose(
         [jnp.exp(block.log_variance) for block in after.noise.blocks],
@@ -161,7 +164,7 @@ def test_density_posterior_and_samples(getkey):
 def test_parameters_are_the_rank_of_the_covariances_jacobian(getkey, model):
     point = point_of(model, getkey())
     energy = energy_of(model, covariance_of(getkey(), _size(model), 30))
-    flat, restore = jax.flatten_util.ravel_pytree(point)
+    flat, restore = ravel_pytree(point)
     cover = lambda x: energy.held(restore(x)).covariance().ravel()
     rank = np.linalg.matrix_rank(jax.jacobian(cover)(flat), tol=1e-9)
     assert energy.parameters(point) == rank

@@ -2,6 +2,7 @@
 have none."""
 
 import itertools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from latents import energy_of, moments_of, planted_covariance, point_of
 from scipy.optimize import minimize
 
@@ -88,7 +90,7 @@ def test_factor_analysis_against_scipy(getkey):
     """Quasi-Newton on the definition from six starts finds the same optimum."""
     energy, start = _factor_problem(getkey())
     end = iterate(Squarem(ExpectationMaximization(energy)), start, tolerance=1e-11)
-    flat, restore = jax.flatten_util.ravel_pytree(start)
+    flat, restore = ravel_pytree(start)
 
     def cost(x):
         model = restore(x).covariance()
@@ -165,9 +167,10 @@ def test_heywood_cases_are_named():
     start = LatentGaussian(jnp.full((3, 1), 0.5), Diagonal(jnp.zeros(3)))
     # Where noise is small EM itself is slow without end, but for the larger model.
     end = iterate(Squarem(ExpandedMaximization(energy)), start)
+    noise: Any = end.point.noise
     assert end.stats["steps"] < 100
     np.testing.assert_array_equal(end.stats["heywood"], [True, False, False])
-    variances = jnp.exp(end.point.noise.log_variances)
+    variances = jnp.exp(noise.log_variances)
     np.testing.assert_allclose(variances[0], 1e-6, rtol=1e-9)
     assert end.stats["increase"] <= 1e-10
     # No other sign or order of magnitude does better.

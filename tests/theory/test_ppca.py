@@ -1,6 +1,7 @@
 """Critical points of probabilistic PCA: values, kinds and indices."""
 
 import itertools
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from latents import covariance_of, largest, moments_of, naive
 from scipy.optimize import least_squares
 
@@ -90,7 +92,7 @@ def test_every_index_set_has_its_kind_and_index(rng, spectrum):
 def test_there_are_no_other_critical_points(rng):
     """Newton's method on the gradient from random starts finds members of the list."""
     theory = _theory(rng, SPECTRA[1], latents=1)
-    flat, restore = jax.flatten_util.ravel_pytree(theory.optimum())
+    flat, restore = ravel_pytree(theory.optimum())
     gradient = jax.grad(lambda x: theory.energy(restore(x)))
     slope, hessian = jax.jit(gradient), jax.jit(jax.jacobian(gradient))
     values = np.array([float(theory.critical_energy(m)) for m in theory.index_sets()])
@@ -100,7 +102,7 @@ def test_there_are_no_other_critical_points(rng):
         end = least_squares(
             lambda x: np.asarray(slope(x)),
             start,
-            lambda x: np.asarray(hessian(x)),
+            cast(Any, lambda x: np.asarray(hessian(x))),
             xtol=1e-14,
             ftol=1e-14,
             gtol=1e-14,
@@ -134,7 +136,8 @@ def test_zero_stays(rng):
     start = LatentGaussian(jnp.zeros((5, 2)), Isotropic.of(1.0, 5))
     end = integrate(flow, start, tolerance=1e-9)
     assert jnp.all(end.point.loadings == 0)
-    np.testing.assert_allclose(jnp.exp(end.point.noise.log_variance), 2.9, rtol=1e-8)
+    noise: Any = end.point.noise
+    np.testing.assert_allclose(jnp.exp(noise.log_variance), 2.9, rtol=1e-8)
     saddle = theory.critical_point(())
     assert classify(flow, theory, saddle).kind == KIND.strict_saddle
 

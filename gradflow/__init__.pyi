@@ -28,7 +28,7 @@ from .initial import (
     section7_widths as section7_widths,
 )
 from .iterate import iterate as iterate, Iterator as Iterator
-from .iteration import (
+from .em import (
     AbstractIteration as AbstractIteration,
     AlternatingMaximization as AlternatingMaximization,
     ExpandedMaximization as ExpandedMaximization,

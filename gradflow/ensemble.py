@@ -22,7 +22,7 @@ from .iterate import Iterator
 from .lanes.base import Lanes
 from .lanes.chebyshev import chebyshev_lanes
 from .lanes.explicit import explicit_lanes
-from .layout import layout_of
+from .layout import AUTO, layout_of
 from .solution import Solution
 from .solve import Integrator
 from .solvers.step_control import root_mean_square
@@ -98,7 +98,8 @@ def _block(integrator, initialize, key, first, count, size, lanes):
     dtype = jnp.result_type(*jax.tree.leaves(like))
     # The descents look at the kind of the point only, never at its numbers.
     descents, end = integrator.descents(like), integrator.end(dtype)
-    kept = lanes_of(descents[0], like)
+    layout = integrator.layout if isinstance(integrator, Integrator) else AUTO
+    kept = lanes_of(descents[0], like, layout)
     starts, states = _begin(kept, initialize, key, jnp.asarray(first), size, lanes)
     ends, rounds = _pass(kept, states, end, jnp.asarray(count), lanes)
     steps = {"used": 0, "all": 0}
@@ -112,7 +113,7 @@ def _block(integrator, initialize, key, first, count, size, lanes):
         few = min(lanes, room)
         room = few * -(-room // few)
         which = jnp.asarray(np.resize(left, room))
-        kept = lanes_of(descent, like)
+        kept = lanes_of(descent, like, layout)
         states = _take_over(kept, ends, which, few)
         later, rounds = _pass(kept, states, end, jnp.asarray(left.size), few)
         _account(steps, kept, later, left.size, rounds, few)
@@ -121,11 +122,14 @@ def _block(integrator, initialize, key, first, count, size, lanes):
     return jax.tree.map(lambda leaf: np.array(leaf[:count]), solution), steps
 
 
-def lanes_of(descent: AbstractDescent, like: Any) -> Lanes:
-    """The fastest lanes there are for this descent of points like `like`."""
-    if not isinstance(descent, Descent) or descent.audit is not None:
+def lanes_of(descent: AbstractDescent, like: Any, asked: str = AUTO) -> Lanes:
+    """The fastest lanes there are for this descent of points like `like`, in the
+    layout that was asked for."""
+    if not isinstance(descent, Descent):
         return Lanes(descent)
-    layout = layout_of(descent, like)
+    layout = layout_of(descent, like, asked)
+    if descent.audit is not None:
+        return Lanes(descent)
     return (
         chebyshev_lanes(descent, layout)
         or explicit_lanes(descent, layout)

@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 
 from .iterate import iterate
-from .iteration import ExpandedMaximization, Squarem
+from .em import ExpandedMaximization, Squarem
 from .models.factor import LatentGaussian, NegativeLogLikelihood
 from .moments import Moments
 from .noise import Diagonal

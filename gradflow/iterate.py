@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .descent import AbstractDescent, all_finite, End, State
-from .iteration import AbstractIteration, distance
+from .em import AbstractIteration, distance
 from .models.base import AbstractLatentEnergy
 from .solution import raise_failure, RESULTS, Solution, SUCCESSFUL
 from .solve import check_positive, checked_dtype, observed, run

@@ -9,7 +9,7 @@ import pytest
 from latents import energy_of, planted_covariance, point_of
 
 from gradflow.iterate import iterate, Iterator
-from gradflow.iteration import AbstractIteration, ExpectationMaximization
+from gradflow.em import AbstractIteration, ExpectationMaximization
 from gradflow.models import AbstractEnergy
 from gradflow.solution import failure_text, RESULTS
 from gradflow.study import run_study, Study

@@ -19,7 +19,7 @@ LEVELS = {
     "manifolds": 2,
     "theory": 3,
     "flow": 3,
-    "iteration": 3,
+    "em": 3,
     "initial": 3,
     "audit": 3,
     "solvers": 3,
@@ -101,7 +101,7 @@ def test_firewall():
     """Theory and numerics are two independent roads."""
     numerics = {
         "flow",
-        "iteration",
+        "em",
         "descent",
         "solve",
         "iterate",

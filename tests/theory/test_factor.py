@@ -15,7 +15,7 @@ from latents import energy_of, moments_of, planted_covariance, point_of
 from scipy.optimize import minimize
 
 from gradflow.iterate import iterate, Iterator
-from gradflow.iteration import (
+from gradflow.em import (
     AlternatingMaximization,
     ExpandedMaximization,
     ExpectationMaximization,

@@ -11,7 +11,7 @@ from latents import covariance_of, largest, moments_of, point_of
 from gradflow.critical import classify, KIND
 from gradflow.flow import GradientFlow
 from gradflow.iterate import Iterator
-from gradflow.iteration import ExpectationMaximization, Squarem
+from gradflow.em import ExpectationMaximization, Squarem
 from gradflow.models import Block, Full, LatentGaussian, NegativeLogLikelihood
 from gradflow.moments import Moments
 from gradflow.theory import PCCATheory

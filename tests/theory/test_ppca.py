@@ -16,7 +16,7 @@ from scipy.optimize import least_squares
 from gradflow.critical import classify, KIND, RULE
 from gradflow.flow import GradientFlow
 from gradflow.iterate import Iterator
-from gradflow.iteration import ExpectationMaximization, Squarem
+from gradflow.em import ExpectationMaximization, Squarem
 from gradflow.models import Diagonal, Isotropic, LatentGaussian, NegativeLogLikelihood
 from gradflow.solve import integrate
 from gradflow.theory import PPCATheory

@@ -18,7 +18,7 @@ from latents import (
 )
 
 from gradflow.iterate import iterate, Iterator
-from gradflow.iteration import (
+from gradflow.em import (
     AbstractIteration,
     AlternatingMaximization,
     ExpandedMaximization,

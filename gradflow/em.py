@@ -1,4 +1,4 @@
-"""Iterations: maps that descend an energy step by step, such as EM."""
+"""EM, its relatives and their acceleration: maps that never raise an energy."""
 
 import abc
 from typing import Any, Generic

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from .iterate import iterate
 from .em import ExpandedMaximization, Squarem
+from .iterate import iterate
 from .models.factor import LatentGaussian, NegativeLogLikelihood
 from .moments import Moments
 from .noise import Diagonal
@@ -211,7 +211,7 @@ class FactorAnalysis:
         solution = iterate(
             Squarem(ExpandedMaximization(energy)),
             LatentGaussian(loadings, noise),
-            gain=self.tol,
+            gain=float(self.tol),
             max_steps=self.max_iter,
             throw=False,
         )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from latents import energy_of, planted_covariance, point_of
 
-from gradflow.iterate import iterate, Iterator
 from gradflow.em import AbstractIteration, ExpectationMaximization
+from gradflow.iterate import iterate, Iterator
 from gradflow.models import AbstractEnergy
 from gradflow.solution import failure_text, RESULTS
 from gradflow.study import run_study, Study

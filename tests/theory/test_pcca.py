@@ -9,9 +9,9 @@ import pytest
 from latents import covariance_of, largest, moments_of, point_of
 
 from gradflow.critical import classify, KIND
+from gradflow.em import ExpectationMaximization, Squarem
 from gradflow.flow import GradientFlow
 from gradflow.iterate import Iterator
-from gradflow.em import ExpectationMaximization, Squarem
 from gradflow.models import Block, Full, LatentGaussian, NegativeLogLikelihood
 from gradflow.moments import Moments
 from gradflow.theory import PCCATheory
@@ -90,6 +90,7 @@ def test_the_certificates_level_is_the_second_critical_value(rng):
         np.testing.assert_allclose(gap, (values[1] - values[0]) * (1 - 1e-6), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_em_reaches_the_closed_form():
     """From random starts, 1e-8 in average log-likelihood."""
 

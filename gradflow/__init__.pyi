@@ -16,6 +16,14 @@ from .critical import (
     RULE as RULE,
 )
 from .descent import Descent as Descent, RESULTS as RESULTS, Solution as Solution
+from .em import (
+    AbstractIteration as AbstractIteration,
+    AlternatingMaximization as AlternatingMaximization,
+    ExpandedMaximization as ExpandedMaximization,
+    ExpectationMaximization as ExpectationMaximization,
+    Squarem as Squarem,
+)
+from .factor_analysis import FactorAnalysis as FactorAnalysis
 from .flow import AbstractFlow as AbstractFlow, GradientFlow as GradientFlow
 from .initial import (
     BalancedInit as BalancedInit,
@@ -26,6 +34,7 @@ from .initial import (
     OrthonormalBalancedInit as OrthonormalBalancedInit,
     section7_widths as section7_widths,
 )
+from .iterate import iterate as iterate, Iterator as Iterator
 from .moments import Moments as Moments
 from .report import read_report as read_report, Report as Report
 from .sequential import (

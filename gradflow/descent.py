@@ -1,6 +1,6 @@
 """One descent: from a flow, a solver and a start to a `Solution`, step by step.
 
-A `Descent` is four pure functions, `init`, `step`, `finished` and `solution`, over a
+A descent is four pure functions, `init`, `step`, `finished` and `solution`, over a
 state that can be stopped, stored and taken up again; `solve.integrate` is a loop over
 them. Two hazards shape this file:
 
@@ -11,6 +11,7 @@ them. Two hazards shape this file:
   followed by an escape that needs steps of 0.1 loses no digits.
 """
 
+import abc
 from collections.abc import Callable
 from typing import Any, cast, Generic
 
@@ -50,6 +51,7 @@ class State(eqx.Module, Generic[P]):
     control_state: PyTree
     broken: dict[str, Float[Array, "*lanes"]]
     start: P | None  # what an audit compares with
+    record: dict[str, Float[Array, "*lanes"]] = eqx.field(default_factory=dict)
 
 
 def handed_over(result: RESULTS) -> Bool[Array, "*lanes"]:
@@ -69,6 +71,7 @@ class End(eqx.Module, Generic[P]):
     result: RESULTS
     broken: dict[str, Float[Array, "*draws"]]
     start: P | None
+    record: dict[str, Float[Array, "*draws"]] = eqx.field(default_factory=dict)
 
 
 def continued(begun: State[P], before: State[P] | End[P]) -> State[P]:
@@ -81,7 +84,30 @@ def continued(begun: State[P], before: State[P] | End[P]) -> State[P]:
     )
 
 
-class Descent(eqx.Module, Generic[P]):
+class AbstractDescent(eqx.Module, Generic[P]):
+    """A way from a start to a `Solution`, step by step: what lanes and loops run.
+
+    To implement your own: these four functions.
+    """
+
+    @abc.abstractmethod
+    def init(self, point: P, time: Scalar) -> State[P]:
+        """A run that starts at `point`."""
+
+    @abc.abstractmethod
+    def step(self, state: State[P], horizon: Scalar) -> State[P]:
+        """One trial step; changes nothing when the run is finished."""
+
+    @abc.abstractmethod
+    def finished(self, state: State[P]) -> Bool[Array, ""]:
+        """Whether the run is over."""
+
+    @abc.abstractmethod
+    def solution(self, state: State[P] | End[P]) -> Solution[P]:
+        """What there is to say of a run, over or not."""
+
+
+class Descent(AbstractDescent[P]):
     """A flow descended by one diffrax solver.
 
     - `stop`: a predicate that ends the run as `rule_met`; when it is `None` the run
@@ -136,7 +162,7 @@ class Descent(eqx.Module, Generic[P]):
             start=None if self.audit is None else point,
         )
         velocity = self.flow.velocity(point)
-        finite = _all_finite(point) & _all_finite(velocity)
+        finite = all_finite(point) & all_finite(velocity)
         met, met_result = self.at_rest(point)
         result = RESULTS.where(met, met_result, SUCCESSFUL)
         result = RESULTS.where(finite, result, RESULTS.not_finite)
@@ -368,6 +394,7 @@ def coarse(size: Float[Array, "*lanes"]) -> Float[Array, "*lanes"]:
     return jnp.where(jnp.isfinite(size) & (size > 0), rounded, size)
 
 
-def _all_finite(tree) -> Bool[Array, ""]:
+def all_finite(tree) -> Bool[Array, ""]:
+    """Whether every entry is."""
     checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(checks))

@@ -8,7 +8,7 @@ same number of lanes, so it comes out the same to the last bit, whatever the oth
 """
 
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .descent import Descent, End, handed_over, State
+from .descent import AbstractDescent, Descent, End, handed_over, State
+from .iterate import Iterator
 from .lanes.base import Lanes
 from .lanes.chebyshev import chebyshev_lanes
 from .lanes.explicit import explicit_lanes
@@ -41,7 +42,7 @@ SHARE = 16
 
 
 def descend(
-    integrator: Integrator[P],
+    integrator: Integrator[P] | Iterator[P],
     initialize: Callable[[Key], P],
     key: Key,
     draws: int,
@@ -50,7 +51,7 @@ def descend(
     *,
     first: int = 0,
     whole: int | None = None,
-) -> Iterator[tuple[Solution[P], dict[str, int]]]:
+) -> Generator[tuple[Solution[P], dict[str, int]], None, None]:
     """The solutions of `draws` draws in blocks as they are done, as numpy arrays with
     a leading axis of draws; and the work that the lanes did, `used` and `all`: in
     velocities, or in trial steps where these are not counted.
@@ -102,7 +103,8 @@ def _block(integrator, initialize, key, first, count, size, lanes):
     dtype = jnp.result_type(*jax.tree.leaves(like))
     # The descents look at the kind of the point only, never at its numbers.
     descents, end = integrator.descents(like), integrator.end(dtype)
-    kept = lanes_of(descents[0], like, integrator.layout)
+    layout = integrator.layout if isinstance(integrator, Integrator) else AUTO
+    kept = lanes_of(descents[0], like, layout)
     starts, states = _begin(kept, initialize, key, jnp.asarray(first), size, lanes)
     ends, rounds = _pass(kept, states, end, jnp.asarray(count), lanes)
     steps = {"used": 0, "all": 0}
@@ -116,12 +118,12 @@ def _block(integrator, initialize, key, first, count, size, lanes):
         few = min(lanes, room)
         room = few * -(-room // few)
         which = jnp.asarray(np.resize(left, room))
-        kept = lanes_of(descent, like, integrator.layout)
+        kept = lanes_of(descent, like, layout)
         states = _take_over(kept, ends, which, few)
         later, rounds = _pass(kept, states, end, jnp.asarray(left.size), few)
         _account(steps, kept, later, left.size, rounds, few)
         ends = _merged(ends, later, which, jnp.asarray(left.size))
-    if not all(descent.tells for descent in descents):
+    if any(isinstance(other, Descent) and not other.tells for other in descents):
         # All or none, whether or not a draw came to that descent.
         ends = eqx.tree_at(lambda e: e.velocities, ends, None, is_leaf=_is_none)
     solution = jax.device_get(_solutions(descents[0], starts, ends, lanes))
@@ -132,9 +134,11 @@ def _is_none(leaf):
     return leaf is None
 
 
-def lanes_of(descent: Descent, like: Any, asked: str = AUTO) -> Lanes:
+def lanes_of(descent: AbstractDescent, like: Any, asked: str = AUTO) -> Lanes:
     """The fastest lanes there are for this descent of points like `like`, in the
     layout that was asked for."""
+    if not isinstance(descent, Descent):
+        return Lanes(descent)
     layout = layout_of(descent, like, asked)
     if descent.audit is not None:
         return Lanes(descent)
@@ -273,6 +277,7 @@ def _kept(state: State) -> End:
         state.result,
         state.broken,
         state.start,
+        state.record,
     )
 
 

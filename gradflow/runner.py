@@ -1,7 +1,7 @@
 """The draws of one study: initialized, descended, inspected."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from .ensemble import descend
 from .environment import converted
+from .iterate import Iterator
 from .solve import Integrator
 from .store.arrays import fingerprint
 from .types import Key
@@ -70,9 +71,9 @@ class Runner:
 
         return eqx.filter_eval_shape(one, self.key)
 
-    def _descended(self, rows: range, whole: int) -> Iterator[Any]:
+    def _descended(self, rows: range, whole: int) -> Generator[Any, None, None]:
         study = self.study
-        if not isinstance(study.descend, Integrator):
+        if not isinstance(study.descend, (Integrator, Iterator)):
             begin = partial(_initialize, study.initialize, self.key)
             run = partial(_descend, study.descend)
             for first in range(rows.start, rows.stop, study.batch):

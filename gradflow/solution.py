@@ -23,6 +23,10 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     step_size_vanished = (
         "The step size fell to nothing: the solution may blow up in finite time."
     )
+    energy_increased = (
+        "A step raised the energy, which it never may: it was not taken. Check the "
+        "step, or raise `slack` if that is rounding."
+    )
     not_finite = (
         "The starting point or its velocity is not finite; start nearer to 0 or "
         "rescale the data."
@@ -44,7 +48,8 @@ class Solution(eqx.Module, Generic[P]):
     - `result`: a `RESULTS` member.
     - `stats`: `steps` accepted, `rejected` steps, `rtol`, and the number of
       `velocities` computed (a derivative of one counts as two; `None` for a method that
-      solves equations).
+      solves equations; for an iteration, how many times its map was). An iteration
+      also has the worst `increase` of the energy in a step.
     - `broken`: when the run first broke each invariant of the exact flow (infinite:
       never); `None` if no audit was asked for. From then on it rests on rounding.
     """
@@ -80,6 +85,18 @@ def failure_text(solution: Solution) -> str:
     """One sentence on how one run ended: what, where, what to do."""
     steps = int(solution.stats["steps"] + solution.stats["rejected"])
     time = float(solution.time)
+    if solution.result == RESULTS.energy_increased:
+        return (
+            f"the energy (minus the log-likelihood, for EM) rose by "
+            f"{float(solution.stats['increase']):.3g} at iteration {steps} (tolerance "
+            f"{float(solution.stats['slack']):.3g}): stopped at the point before it; "
+            "check the step, or raise slack if that is rounding"
+        )
+    if solution.result == RESULTS.max_steps_reached and "slack" in solution.stats:
+        return (
+            f"{steps} iterations used, the last of length {float(solution.speed):.3g}: "
+            "raise max_steps, loosen tolerance, or accelerate with Squarem"
+        )
     if solution.result == RESULTS.max_steps_reached:
         return (
             f"{steps} steps used at t={time:.6g}, speed {float(solution.speed):.3g}: "

@@ -67,8 +67,8 @@ class Integrator(eqx.Module, Generic[P]):
     layout: str = eqx.field(static=True, default="auto")
 
     def __check_init__(self):
-        _check_positive("horizon", self.horizon)
-        _check_positive("max_steps", self.max_steps, whole=True)
+        check_positive("horizon", self.horizon)
+        check_positive("max_steps", self.max_steps, whole=True)
         if not self.method:
             raise ValueError("method is empty: give at least one diffrax solver")
         if isinstance(self.method, str) and self.method != AUTO:
@@ -81,12 +81,12 @@ class Integrator(eqx.Module, Generic[P]):
             )
 
     def __call__(self, point: P) -> Solution[P]:
-        dtype = _checked_dtype(point)
-        return _run(self.descents(point), point, self.end(dtype)[None], {})[0]
+        dtype = checked_dtype(point)
+        return run(self.descents(point), point, self.end(dtype)[None], {})[0]
 
     def descents(self, point: P) -> tuple[Descent[P], ...]:
         """One descent for each method, for points like `point`."""
-        dtype = _checked_dtype(point)
+        dtype = checked_dtype(point)
         low_rank = isinstance(point, LowRank)
         if low_rank and not isinstance(self.flow.manifold, FixedRank):
             raise ValueError(
@@ -166,33 +166,38 @@ def integrate(
     integrator = Integrator(
         flow, horizon, tolerance, rtol, stop, method, max_steps, audit
     )
-    dtype = _checked_dtype(point0)
+    dtype = checked_dtype(point0)
     descents = integrator.descents(point0)
-    if times is None:
-        if observe is not None:
-            raise ValueError("observe is given without times: say when to observe")
-        targets, functions = integrator.end(dtype)[None], {}
-    else:
-        targets = _checked_times(times, dtype)
-        functions = {"energy": flow.energy} if observe is None else dict(observe)
-        # Neither the speed nor a rule ends an observed run.
-        descents = tuple(
-            eqx.tree_at(lambda d: d.stop, d, _never, is_leaf=lambda x: x is None)
-            for d in descents
-        )
-    solution, history = _run(descents, point0, targets, functions)
-    if times is not None:
-        solution = eqx.tree_at(
-            lambda s: (s.times, s.history),
-            solution,
-            (targets, history),
-            is_leaf=lambda x: x is None,
-        )
+    solution = observed(
+        descents, point0, times, observe, integrator.end(dtype), flow.energy
+    )
     return raise_failure(solution) if throw else solution
 
 
+def observed(descents, point, times, observe, end, energy):
+    """Runs descents to the last of `times`, or to rest if there are none."""
+    if times is None:
+        if observe is not None:
+            raise ValueError("observe is given without times: say when to observe")
+        return run(descents, point, end[None], {})[0]
+    targets = _checked_times(times, end.dtype)
+    functions = {"energy": energy} if observe is None else dict(observe)
+    # Neither the speed nor a rule ends an observed run.
+    descents = tuple(
+        eqx.tree_at(lambda d: d.stop, d, _never, is_leaf=lambda x: x is None)
+        for d in descents
+    )
+    solution, history = run(descents, point, targets, functions)
+    return eqx.tree_at(
+        lambda s: (s.times, s.history),
+        solution,
+        (targets, history),
+        is_leaf=lambda x: x is None,
+    )
+
+
 @eqx.filter_jit
-def _run(descents, point, targets, functions):
+def run(descents, point, targets, functions):
     """Runs to each target in turn and evaluates `functions` there."""
 
     def segment(carry, target):
@@ -326,7 +331,7 @@ def _adaptive(solver, rtol, point):
     return solver
 
 
-def _checked_dtype(point):
+def checked_dtype(point):
     leaves = jax.tree.leaves(point)
     if not leaves or not all(
         (eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct))
@@ -343,10 +348,10 @@ def checked_tolerances(tolerance, rtol, dtype, hovers=True):
     reachable = 8 * float(jnp.finfo(dtype).eps)
     if tolerance is None:
         tolerance = 1e-6 if dtype == jnp.float64 else 1e-2
-    _check_positive("tolerance", tolerance)
+    check_positive("tolerance", tolerance)
     if rtol is None:
         rtol = tolerance / TOLERANCE_RATIO
-    _check_positive("rtol", rtol)
+    check_positive("rtol", rtol)
     for name, value in (("tolerance", tolerance), ("rtol", rtol)):
         if math.isinf(value):
             raise ValueError(f"{name} must be finite, got {value}")
@@ -366,7 +371,7 @@ def checked_tolerances(tolerance, rtol, dtype, hovers=True):
     return tolerance, rtol
 
 
-def _check_positive(name, value, whole=False):
+def check_positive(name, value, whole=False):
     if isinstance(value, jax.core.Tracer):
         return
     if isinstance(value, jax.Array) and value.shape == ():

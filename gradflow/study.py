@@ -33,8 +33,8 @@ class Study(eqx.Module, Generic[P, F]):
     """Three functions composed over many draws.
 
     - `initialize`: from a key to a point.
-    - `descend`: from a point to a `Solution`: an `Integrator`, whose lanes begin anew
-      as they end, or any function (EM, your own loop), which is vmapped.
+    - `descend`: from a point to a `Solution`: an `Integrator` or an `Iterator`, whose
+      lanes begin anew as they end, or any function (your own loop), which is vmapped.
     - `inspect`: from that solution to a finding, e.g. `classify`.
     - `draws`: how many. `batch`: how many are run at once; it bounds memory and does
       not change what draw i is.
@@ -86,7 +86,8 @@ def run_study(
 ) -> Outcome[P, F]:
     """Runs every draw. Draw i depends on `study`, `key` and i only.
 
-    An `Integrator` runs on all devices of the kind, each with its own queue and batch.
+    An `Integrator` or an `Iterator` runs on all devices of the kind, each with its own
+    queue and batch.
 
     **Arguments:**
 

@@ -78,7 +78,10 @@ def difference(one, other):
     return max(np.max(np.abs(a - b)) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("widths", "layout"), KINDS)
+@pytest.mark.parametrize(
+    ("widths", "layout"),
+    [pytest.param(*KINDS[0], marks=pytest.mark.slow), KINDS[1]],
+)
 def test_trajectories_converge_with_order_2(widths, layout):
     """An eighth of the tolerance, of an error of order 3, is a quarter of the error."""
     energy, start = loss(widths), GaussianInit(widths, 0.4)

@@ -88,7 +88,7 @@ def nearly(one, other):
         assert np.allclose(a, b, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("lanes", [1, 7])
+@pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_number_of_lanes_changes_nothing_to_speak_of(integrator, reference, lanes):
     other, _ = everything(integrator, 30, lanes)
     nearly(other, jax.tree.map(lambda leaf: leaf[:30], reference))

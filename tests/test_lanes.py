@@ -63,7 +63,13 @@ def differences(one, other):
     return max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("widths", "autoencoding"), CASES)
+@pytest.mark.parametrize(
+    ("widths", "autoencoding"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if i in (1, 2, 4, 5) else ())
+        for i, case in enumerate(CASES)
+    ],
+)
 def test_velocity_and_energy_are_those_of_the_model(widths, autoencoding):
     energy, points, ours, _ = both(widths, autoencoding)
     states = eqx.filter_jit(ours.begin)(points, jnp.zeros(6))
@@ -74,7 +80,9 @@ def test_velocity_and_energy_are_those_of_the_model(widths, autoencoding):
     assert np.allclose(ours.layout.energy(states.point), energies, rtol=1e-13)
 
 
-@pytest.mark.parametrize("method", [diffrax.Tsit5(), diffrax.Bosh3()])
+@pytest.mark.parametrize(
+    "method", [diffrax.Tsit5(), pytest.param(diffrax.Bosh3(), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("widths", "autoencoding"), [CASES[0], CASES[3]])
 def test_steps_are_those_of_the_descent(widths, autoencoding, method):
     """Times and counts to the last bit, points to rounding, for 40 steps."""
@@ -125,6 +133,7 @@ def test_ends_are_those_of_the_descent(settings):
     assert np.allclose(a.time, b.time, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_company_changes_no_bit_where_y_is_not_x():
     """There a matrix all lanes share multiplies them, in one call."""
     energy = problem((4, 3, 2, 5, 7), False)

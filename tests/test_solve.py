@@ -417,6 +417,7 @@ def test_every_result_has_a_test():
         "step_size_vanished",
         "not_finite",
         "stiff",
+        "energy_increased",  # in test_iterate.py
     }
 
 
@@ -665,14 +666,14 @@ def test_refuses(options, text):
 
 def test_refuses_what_is_not_a_number_or_a_solver():
     # The type checker of the tests refuses these at the border; these come behind it.
-    from gradflow.solve import _adaptive, _check_positive, _checked_times
+    from gradflow.solve import _adaptive, _checked_times, check_positive
 
     for value in ("1", None, True, [1.0], jnp.ones(2)):
         with pytest.raises(ValueError, match="tolerance must be a number > 0"):
-            _check_positive("tolerance", value)
+            check_positive("tolerance", value)
     for value in (2.5, True, jnp.array(2.5)):
         with pytest.raises(ValueError, match="max_steps must be a whole number > 0"):
-            _check_positive("max_steps", value, whole=True)
+            check_positive("max_steps", value, whole=True)
     for value in ("tsit5", diffrax.Tsit5, 3):
         with pytest.raises(ValueError, match="is no diffrax solver"):
             _adaptive(value, 1e-9, jnp.ones(2))

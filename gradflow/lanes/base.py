@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..descent import coarse, continued, Descent, End, State
+from ..descent import AbstractDescent, coarse, continued, Descent, End, State
 from ..layout import Rows
 from ..solution import RESULTS, SUCCESSFUL
 from ..types import Scalar
@@ -21,7 +21,7 @@ from ..types import Scalar
 class Lanes(eqx.Module):
     """Any descent, vmapped. Every array has its lanes along `axis`."""
 
-    descent: Descent
+    descent: AbstractDescent
 
     @property
     def axis(self) -> int:
@@ -61,6 +61,7 @@ class Lanes(eqx.Module):
 class LaidOutLanes(Lanes):
     """Lanes in a layout."""
 
+    descent: Descent
     layout: Rows
 
     @property

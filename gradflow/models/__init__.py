@@ -1,6 +1,21 @@
 """The unknowns and the energies, one file per family."""
 
-from .base import AbstractEnergy as AbstractEnergy
+from ..noise import (
+    AbstractNoise as AbstractNoise,
+    Block as Block,
+    Diagonal as Diagonal,
+    Full as Full,
+    Isotropic as Isotropic,
+)
+from .base import (
+    AbstractEnergy as AbstractEnergy,
+    AbstractLatentEnergy as AbstractLatentEnergy,
+)
+from .factor import (
+    battery_pattern as battery_pattern,
+    LatentGaussian as LatentGaussian,
+    NegativeLogLikelihood as NegativeLogLikelihood,
+)
 from .linear import (
     AbstractLinearNetwork as AbstractLinearNetwork,
     DeepLinear as DeepLinear,

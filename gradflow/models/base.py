@@ -1,7 +1,7 @@
 """What every energy is: a function to be minimized, with its differential."""
 
 import abc
-from typing import Generic
+from typing import Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -9,6 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from ..types import P, Scalar
+
+
+# What an E-step finds.
+S = TypeVar("S")
 
 
 class AbstractEnergy(eqx.Module, Generic[P]):
@@ -25,6 +29,28 @@ class AbstractEnergy(eqx.Module, Generic[P]):
     def differential(self, point: P) -> P:
         r"""The Euclidean derivative $\mathrm{d}E$ at `point`, shaped as `point`."""
         return jax.grad(self.__call__)(point)
+
+
+class AbstractLatentEnergy(AbstractEnergy[P], Generic[P, S]):
+    """Minus a log-likelihood with latent variables: what EM needs, and no more.
+
+    To implement your own: `__call__` and two steps, of which `m_step` minimizes the
+    expected energy of data and latent variables, given what `e_step` found at a point.
+    """
+
+    @abc.abstractmethod
+    def e_step(self, point: P) -> S:
+        """The expected sufficient statistics at `point`."""
+
+    @abc.abstractmethod
+    def m_step(self, point: P, statistics: S) -> P:
+        """The next point; `point` says of what kind."""
+
+    def at_bounds(self, point: P) -> dict[str, Bool[Array, "..."]]:
+        """By name, flags of bounds that hold `point` where an unbounded step would have
+        gone further; none by default."""
+        del point
+        return {}
 
 
 class EnergyBelow(eqx.Module, Generic[P]):

@@ -65,7 +65,7 @@ def test_right_sign_is_never_obstructed_and_wrong_sign_ends_at_the_saddle(depth,
     assert float(later.energy) >= float(limit.value) - 1e-9
 
 
-@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("depth", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     "block", [pytest.param((0, 2), marks=pytest.mark.slow), (1, 2)]
 )

@@ -62,7 +62,14 @@ def _naive(moments, network, t):
     return end.reshape(shape) @ end.reshape(shape).T
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize(
+    "rank",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        2,
+        pytest.param(3, marks=pytest.mark.slow),
+    ],
+)
 def test_integration_on_stiefel_agrees(rng, rank):
     moments, _ = _data(rng)
     network = _orthonormal(rng, rank)

@@ -52,6 +52,13 @@ Shard = Annotated[
     str | None,
     Parameter(help="i/n: compute the i-th of n parts, for `gradflow merge`."),
 ]
+Distributed = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        help="Compute a part in each process of a jax.distributed job, then merge.",
+    ),
+]
 Folder = Annotated[Path, Parameter(help="A folder written by `gradflow run`.")]
 
 
@@ -226,11 +233,18 @@ def _register(name: str) -> None:
         out: Out = Path(f"gradflow-{name}"),
         chunk: Chunk = None,
         shard: Shard = None,
+        distributed: Distributed = False,
         quiet: Quiet = False,
         strict: Strict = False,
     ) -> int:
         chosen = experiment.Config() if settings is None else settings
         part = runs.shard_of(shard)
+        if distributed:
+            if shard is not None:
+                raise ValueError("--shard and --distributed are both given: choose one")
+            return runs.distributed(
+                name, chosen, out, chunk=chunk, quiet=quiet, strict=strict
+            )
         if part == (1, 1):
             return runs.kept(name, chosen, out, chunk=chunk, quiet=quiet, strict=strict)
         return runs.shard(name, chosen, out, part, chunk=chunk, quiet=quiet)

@@ -80,7 +80,7 @@ def shard(
     from .study import fill_studies
 
     number, count = part
-    folder = out / f"shard-{number}-of-{count}"
+    folder = shard_folder(out, number, count)
     check(folder, name, config)
     settings = dataclasses.asdict(config)
     if chunk is None and not (folder / "draws").exists():
@@ -104,6 +104,42 @@ def shard(
             f"when all are done: gradflow merge {out}/shard-*-of-{count} --out DIR"
         )
     return 0
+
+
+def distributed(
+    name: str,
+    config: Any,
+    out: Path,
+    *,
+    chunk: int | None,
+    quiet: bool,
+    strict: bool,
+) -> int:
+    """Computes one part in each process of a job; then the first of them merges all.
+
+    Every chunk is on disk before the processes wait for each other.
+    """
+    from .distributed import join_job, wait_for_all
+
+    check(out, name, config)
+    number, count = join_job()
+    first = number == 1
+    shard(name, config, out, (number, count), chunk=chunk, quiet=quiet or not first)
+    wait_for_all()
+    if not first:
+        return 0
+    folders = [shard_folder(out, i, count) for i in range(1, count + 1)]
+    elsewhere = [folder for folder in folders if not (folder / "draws").is_dir()]
+    if elsewhere:
+        raise RuntimeError(
+            f"{elsewhere[0]} is not on a disk of this machine: bring all parts "
+            f"together and run gradflow merge {out}/shard-*-of-{count} --out DIR"
+        )
+    return merge(folders, out, quiet=quiet, strict=strict)
+
+
+def shard_folder(out: Path, number: int, count: int) -> Path:
+    return out / f"shard-{number}-of-{count}"
 
 
 def shard_of(text: str | None) -> tuple[int, int]:

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -425,3 +427,66 @@ def test_killed_on_the_command_line(call, tmp_path):
             kills += 1
     assert process.returncode == 0 and kills > 0
     assert _files("killed") == _files("clean") and _rows("killed") == _rows("clean")
+
+
+def _job(processes, arguments, **variables):
+    """The processes of a job on this machine, as Slurm would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    slurm = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(processes),
+        "JAX_COORDINATOR_PORT": port,
+        "JAX_LOCAL_DEVICE_IDS": "0",
+        "PYTHONPATH": str(ROOT),
+        **variables,
+    }
+    command = [sys.executable, "-c", "from gradflow.cli import main; main()"]
+    return [
+        subprocess.Popen(
+            [*command, *map(str, arguments)],
+            env={
+                **os.environ,
+                **slurm,
+                "SLURM_PROCID": str(process),
+                "SLURM_LOCALID": str(process),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(processes)
+    ]
+
+
+@pytest.mark.slow
+def test_a_job_of_two_processes(call, tmp_path):
+    """One study in two processes of a jax.distributed job: the same files as of one
+    process. One of them killed: what was done stays, and the same command goes on."""
+    assert call(*TINY, "--draws", 400, "--out", "clean")[0] == 0
+    tokens = [*TINY, "--draws", 400, "--out", tmp_path / "job", "--distributed"]
+    job = _job(2, tokens)
+    while not list(tmp_path.glob("job/shard-2-of-2/draws/*/chunk-*.npz")):
+        assert job[1].poll() is None
+        time.sleep(0.01)
+    job[1].kill()
+    for process in job:
+        process.communicate(timeout=300)
+        assert process.returncode != 0
+    done = _files("job")
+    assert 0 < len(done) < len(_files("clean"))
+    for process in _job(2, tokens):
+        said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    assert done.items() <= _files("job").items()
+    merged = {k: v for k, v in _files("job").items() if not k.startswith("shard")}
+    assert merged == _files("clean") and _rows("job") == _rows("clean")
+
+
+def test_no_job_to_join(call):
+    code, _, err = call(*TINY, "--distributed", "--out", "a")
+    assert code == 1 and "could not join a job" in err and "--shard i/n" in err
+    code, _, err = call(*TINY, "--distributed", "--shard", "1/2", "--out", "a")
+    assert code == 2 and "both given: choose one" in err

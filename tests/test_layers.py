@@ -43,6 +43,7 @@ LEVELS = {
     "plot": 12,
     "experiments": 12,
     "compiling": 0,
+    "distributed": 0,
     "runs": 13,
     "cli": 14,
 }

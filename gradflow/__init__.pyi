@@ -8,6 +8,13 @@ from . import (
     theory as theory,
 )
 from .audit import Audit as Audit
+from .checks import (
+    Certificate as Certificate,
+    check_descent as check_descent,
+    check_energy as check_energy,
+    check_initializer as check_initializer,
+    check_manifold as check_manifold,
+)
 from .critical import (
     classify as classify,
     CriticalPoint as CriticalPoint,

@@ -32,6 +32,7 @@ LEVELS = {
     "lanes": 7,
     "solve": 7,
     "critical": 5,
+    "checks": 5,
     "iterate": 8,
     "factor_analysis": 9,
     "ensemble": 9,

@@ -1,6 +1,8 @@
 """The unknowns and the energies, one file per family."""
 
 from .base import AbstractEnergy as AbstractEnergy
+from .cvae import ConditionalELBO as ConditionalELBO, LinearCVAE as LinearCVAE
+from .hvae import HierarchicalELBO as HierarchicalELBO, LinearHVAE as LinearHVAE
 from .linear import (
     AbstractLinearNetwork as AbstractLinearNetwork,
     DeepLinear as DeepLinear,
@@ -10,3 +12,11 @@ from .linear import (
     TiedAutoencoder as TiedAutoencoder,
 )
 from .low_rank import LowRank as LowRank
+from .vae import (
+    AbstractCovariance as AbstractCovariance,
+    CholeskyCovariance as CholeskyCovariance,
+    DiagonalCovariance as DiagonalCovariance,
+    LinearVAE as LinearVAE,
+    NegativeELBO as NegativeELBO,
+    RootCovariance as RootCovariance,
+)

@@ -2,5 +2,8 @@
 
 from . import dynamics as dynamics, oja as oja, rates as rates
 from .base import AbstractTheory as AbstractTheory, Limit as Limit, Match as Match
+from .cvae import CVAETheory as CVAETheory
+from .hvae import HVAETheory as HVAETheory
 from .linear import LinearTheory as LinearTheory
 from .low_rank import LowRankTheory as LowRankTheory
+from .vae import VAETheory as VAETheory

@@ -20,6 +20,7 @@ LEVELS = {
     "flow": 3,
     "initial": 3,
     "audit": 3,
+    "collapse": 3,
     "solvers": 3,
     "solution": 4,
     "descent": 5,
@@ -46,8 +47,16 @@ WITHIN = {
     ("datasets", "data"),
 }
 # Files of theory without a twin in models: shared machinery, exact trajectories (of the
-# networks of models/linear.py, as is Oja's flow).
-WITHOUT_TWIN = {"base", "second_order", "dynamics", "oja", "riccati", "rates"}
+# networks of models/linear.py, as is Oja's flow), and what the VAEs have in common.
+WITHOUT_TWIN = {
+    "base",
+    "second_order",
+    "dynamics",
+    "oja",
+    "riccati",
+    "rates",
+    "latent_modes",
+}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
 
 

@@ -210,9 +210,7 @@ def test_points_and_covariances_that_do_not_fit(rng):
     refused("neither has one", lambda: energy(LinearVAE.zeros(3, 2, covariance=None)))
     fixed = NegativeELBO(moments, covariance=eye)
     refused("both have one", lambda: fixed(LinearVAE.zeros(3, 2)))
-    refused(
-        "both have one", lambda: energy(LinearVAE.zeros(3, 2, learn_decoder=True))
-    )
+    refused("both have one", lambda: energy(LinearVAE.zeros(3, 2, learn_decoder=True)))
     refused("encoder maps 4 inputs", lambda: energy(LinearVAE.zeros(4, 2)))
     three = LinearVAE.zeros(3, 3, covariance=None)
     refused("there are 3 latents", lambda: fixed(three))

@@ -192,7 +192,7 @@ class LatentModes(eqx.Module):
         total, taken = jnp.sum(self.variances), self.taken
         noise = 1e-12 * total
         rest = jnp.sum(self.variances[min(self.rank, self.latent) :])
-        price = self.beta * jnp.sum(taken > noise)
+        price = self.beta * jnp.sum((taken > noise).astype(taken.dtype))
         return (rest > noise) | (price > self.dimension)
 
     def _placed(self, chosen):
@@ -210,7 +210,8 @@ class LatentModes(eqx.Module):
             slope = self.dimension * at - total + jnp.sum(above, axis=1)
             active = (taken > 0) & (slope > 0)
             rest = total - jnp.sum(jnp.where(active, taken, 0))
-            return rest / (self.dimension - self.beta * jnp.sum(active))
+            count = jnp.sum(active.astype(taken.dtype))
+            return rest / (self.dimension - self.beta * count)
         # In a = 1 / eta: a^2 S_r + a sum over active of theta k = D_0.
         k, roots = jnp.sqrt(self.beta) * stds / self.prior_std, jnp.sqrt(taken)
         at = k / jnp.sqrt(safe)

@@ -14,6 +14,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from scipy.optimize import minimize
 
+from gradflow import collapse
 from gradflow.models import (
     ConditionalELBO,
     HierarchicalELBO,
@@ -24,6 +25,10 @@ from gradflow.models import (
 )
 from gradflow.moments import Moments
 from gradflow.theory import CVAETheory, HVAETheory, VAETheory
+
+
+LEARNED = ("full", "diagonal", "root")
+FIXED = ("isotropic", "diagonal fixed", "general")
 
 
 @dataclasses.dataclass
@@ -195,3 +200,31 @@ def minimized(problem, rng, starts=6, scale=0.7):
         ends.append((end.fun, end.x))
     ends.sort(key=lambda end: end[0])
     return ends[0][0], ends[-1][0], rebuild(jnp.asarray(ends[0][1]))
+
+
+def largest(tree):
+    return max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def agrees(problem, rng, starts=6):
+    """The closed form against strong minimization; returns whether it was possible."""
+    known = problem.theory(problem.energy)
+    best, _, point = minimized(problem, rng, starts=starts)
+    least = float(known.optimal_energy())
+    assert abs(best - least) <= 1e-9
+    optimum = known.optimum()
+    assert abs(float(problem.energy(optimum)) - least) <= 1e-9
+    # Stationary, whatever size the terms have.
+    size = 1 + abs(least) + float(jnp.trace(problem.energy.moments.yy))
+    assert largest(problem.energy.differential(optimum)) < 1e-10 * size
+    return known, point
+
+
+def spectra_agree(problem, known, point):
+    for name, wanted in known.spectra().items():
+        if name == "covariance" and known.modes.stds is not None:
+            continue  # It is given.
+        found = collapse.spectra(problem.energy, point)[name]
+        close = np.abs(np.sort(found) - np.sort(wanted))
+        # Near its threshold a mode's loss is quartic, and 1e-15 of it 1e-4 of omega.
+        assert close.max() <= 1e-6 or float(known.gap) < 1e-3, (name, close)

@@ -6,7 +6,15 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from elbo_problems import autoencoding, minimized, second_moment, vae
+from elbo_problems import (
+    agrees,
+    autoencoding,
+    FIXED,
+    LEARNED,
+    second_moment,
+    spectra_agree,
+    vae,
+)
 
 from gradflow import collapse
 from gradflow.critical import classify, KIND, RULE
@@ -27,8 +35,6 @@ A = np.array(
         [0, 0.1, 0.2, 0.3],
     ]
 )
-LEARNED = ("full", "diagonal", "root")
-FIXED = ("isotropic", "diagonal fixed", "general")
 
 
 @pytest.fixture
@@ -38,34 +44,6 @@ def rng():
 
 def data(matrix=A):
     return autoencoding(jnp.asarray(matrix))
-
-
-def largest(tree):
-    return max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
-
-
-def agrees(problem, rng, starts=6):
-    """The closed form against strong minimization; returns whether it was possible."""
-    known = problem.theory(problem.energy)
-    best, _, point = minimized(problem, rng, starts=starts)
-    least = float(known.optimal_energy())
-    assert abs(best - least) <= 1e-9
-    optimum = known.optimum()
-    assert abs(float(problem.energy(optimum)) - least) <= 1e-9
-    # Stationary, whatever size the terms have.
-    size = 1 + abs(least) + float(jnp.trace(problem.energy.moments.yy))
-    assert largest(problem.energy.differential(optimum)) < 1e-10 * size
-    return known, point
-
-
-def spectra_agree(problem, known, point):
-    for name, wanted in known.spectra().items():
-        if name == "covariance" and known.modes.stds is not None:
-            continue  # It is given.
-        found = collapse.spectra(problem.energy, point)[name]
-        close = np.abs(np.sort(found) - np.sort(wanted))
-        # Near its threshold a mode's loss is quartic, and 1e-15 of it 1e-4 of omega.
-        assert close.max() <= 1e-6 or float(known.gap) < 1e-3, (name, close)
 
 
 @pytest.mark.parametrize(

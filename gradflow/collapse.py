@@ -101,9 +101,10 @@ def kl_samples(
         wanted = "the rows of x and of y" if conditional else "the rows of x"
         raise ValueError(f"data are {len(data)} arrays: give {wanted}")
     encoders = (point.encoder_x, point.encoder_y) if conditional else (point.encoder,)
-    means = sum(
+    codes = [
         rows @ encoder.matrix().T for rows, encoder in zip(data, encoders, strict=True)
-    )
+    ]
+    means = codes[0] + codes[1] if conditional else codes[0]
     covariance, _ = encoder_covariance(energy, point, means.shape[1])
     own = jnp.broadcast_to(jnp.diagonal(covariance)[None, :], means.shape)
     return _kl(own, means**2, energy.prior_std**2)
@@ -161,7 +162,7 @@ def spectra(energy: Any, point: Any) -> dict[str, Float[Array, " latent"]]:
 
 
 def spectral_distance(
-    one: Float[Array, " values"], other: Float[Array, " values"]
+    one: Float[Array, " values"], other: Float[Array, " others"]
 ) -> Scalar:
     r"""$D_{MA}$, the mean of $|a_i - b_i|$ over two spectra, both sorted.
 

@@ -61,7 +61,7 @@ def covariance(rng, kind, size):
     return second_moment(rng, values, size)
 
 
-def numbers(rng):
+def numbers(rng) -> Any:
     return dict(
         decoder_std=float(rng.uniform(0.6, 1.1)), prior_std=float(rng.uniform(0.7, 1.4))
     )
@@ -191,6 +191,7 @@ def minimized(problem, rng, starts=6, scale=0.7):
     for _ in range(starts):
         start = np.asarray(flat) + scale * rng.normal(size=flat.size)
         options = {"ftol": 0.0, "gtol": 1e-11, "maxiter": 20000, "maxfun": 40000}
+        end: Any = None
         for _ in range(3):  # Its line search gives up early: begin anew.
             options["maxcor"] = 30
             end = minimize(
@@ -203,7 +204,8 @@ def minimized(problem, rng, starts=6, scale=0.7):
 
 
 def largest(tree):
-    return max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size > 0]
+    return max(float(jnp.max(jnp.abs(leaf))) for leaf in leaves)
 
 
 def agrees(problem, rng, starts=6):

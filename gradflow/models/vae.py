@@ -254,7 +254,9 @@ def encoder_covariance(energy, point, latent: int):
     return learned_or_fixed("covariance", point.covariance, energy.covariance, latent)
 
 
-def learned_or_fixed(name: str, learned, fixed, latent: int):
+def learned_or_fixed(
+    name: str, learned: Any, fixed: Any, latent: int
+) -> tuple[Any, Any]:
     """A covariance and its log-determinant, given by the point or else the energy."""
     if (learned is None) == (fixed is None):
         state = "both have one" if learned is not None else "neither has one"

@@ -137,10 +137,11 @@ class HVAETheory(AbstractTheory[LinearHVAE]):
     def spectra(self) -> dict[str, Float[Array, " latent"]]:
         r"""At the minimum of `optimum`: the singular values of the decoders ($U_2$ is
         $\omega$) and of the encoders ($V_1 = W_1 A^{1/2}$ is $\lambda$), and
-        eigenvalues of the covariances. Other minima have others with $\Sigma_1$ fixed at
-        other than a multiple of the identity; with both learned and $\beta_2 =
-        \beta_1$; and (of level 1 only) with $\Sigma_1$ alone learned, where the m
-        differ, since any m can go with any c."""
+        eigenvalues of the covariances.
+
+        Other minima have others with $\Sigma_1$ fixed at no multiple of the identity;
+        with both learned and $\beta_2 = \beta_1$; and (of level 1 only) with $\Sigma_1$
+        alone learned, where the m differ, since any m can go with any c."""
         k, variance = _constants(self.energy)
         ratio = self.energy.beta_2 / self.energy.beta_1
         scale = jnp.sqrt(self.omega2)

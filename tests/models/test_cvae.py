@@ -1,5 +1,7 @@
 """The exact loss of linear conditional VAEs equals the sampled one."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -56,7 +58,7 @@ def sampled_elbo(energy, point, x, y, key):
     means = x @ point.encoder_x.matrix().T + y @ point.encoder_y.matrix().T
     latents = means + jr.normal(key, means.shape) @ jnp.linalg.cholesky(sigma).T
     decoded = latents @ point.decoder.matrix().T + x @ point.skip.matrix().T
-    density = jax.vmap(multivariate_normal.logpdf, (0, 0, None))
+    density: Any = jax.vmap(multivariate_normal.logpdf, (0, 0, None))
     likelihood = density(y, decoded, variance * jnp.eye(y.shape[1]))
     zero = jnp.zeros_like(latents)
     prior = density(latents, zero, energy.prior_std**2 * jnp.eye(latents.shape[1]))
@@ -117,7 +119,7 @@ def test_without_x_it_is_the_vae_of_y(rng):
         point,
         (jax.tree.map(zero, point.encoder_x), jax.tree.map(zero, point.skip)),
     )
-    numbers = dict(beta=0.7, decoder_std=0.8, prior_std=1.3)
+    numbers: Any = dict(beta=0.7, decoder_std=0.8, prior_std=1.3)
     vae = NegativeELBO(Moments.from_data(y), **numbers)
     same = LinearVAE(point.encoder_y, point.decoder, point.covariance)
     np.testing.assert_allclose(energy(alone), vae(same), rtol=1e-13)

@@ -1,5 +1,7 @@
 """The exact loss of linear hierarchical VAEs equals the sampled one."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -50,7 +52,7 @@ def posed(rng, kinds, data, latents=(3, 2), hidden=((), (), (), ())):
     return energy, GaussianLike(like, 0.6, 0.4)(jr.key(int(rng.integers(1000))))
 
 
-def sigmas(energy, point):
+def sigmas(energy, point) -> Any:
     return [
         own.matrix() if own is not None else fixed
         for own, fixed in (
@@ -71,7 +73,7 @@ def sampled_elbo(energy, point, data, key):
     z_1 = normal(one, means_1, sigma_1)
     means_2 = z_1 @ point.encoder_2.matrix().T
     z_2 = normal(two, means_2, sigma_2)
-    density = jax.vmap(multivariate_normal.logpdf, (0, 0, None))
+    density: Any = jax.vmap(multivariate_normal.logpdf, (0, 0, None))
     noise = lambda size, std: std**2 * jnp.eye(size)
     std, latents = energy.decoder_std, point.decoder_2.matrix().shape
     likelihood = density(

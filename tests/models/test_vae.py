@@ -1,5 +1,7 @@
 """The exact loss of linear VAEs: equal to the sampled one, cheap, and well guarded."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -59,7 +61,7 @@ def sampled_elbo(energy, point, data, key):
     means = data @ encoder.T
     noise = jr.normal(key, means.shape) @ jnp.linalg.cholesky(sigma).T
     latents = means + noise
-    density = jax.vmap(multivariate_normal.logpdf, (0, 0, None))
+    density: Any = jax.vmap(multivariate_normal.logpdf, (0, 0, None))
     likelihood = density(data, latents @ decoder.T, variance * jnp.eye(data.shape[1]))
     zero = jnp.zeros_like(latents)
     prior = density(latents, zero, energy.prior_std**2 * jnp.eye(latents.shape[1]))
@@ -123,7 +125,8 @@ class PerSample(AbstractEnergy):
         encoder, decoder, logs = point
 
         def one(row, log):
-            moments = Moments(*[row[:, None] * row[None, :]] * 3, 1, autoencoding=True)
+            xx = row[:, None] * row[None, :]
+            moments = Moments(xx, xx, xx, 1, autoencoding=True)
             return eqx.tree_at(lambda e: e.moments, self.energy, moments)(
                 LinearVAE(
                     LinearMap(encoder), LinearMap(decoder), DiagonalCovariance(log)

@@ -1,5 +1,7 @@
 """The minimum of linear conditional VAEs, and what collapses on MNIST's quadrants."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -51,8 +53,16 @@ def test_minimum_against_strong_minimization(
     rng, kind, sizes, rank_x, learn_decoder, hidden
 ):
     for _ in range(2):
+        x, y, latent = sizes
         problem = cvae(
-            rng, *sizes, kind, rank_x=rank_x, learn_decoder=learn_decoder, hidden=hidden
+            rng,
+            x,
+            y,
+            latent,
+            kind,
+            rank_x=rank_x,
+            learn_decoder=learn_decoder,
+            hidden=hidden,
         )
         spectra_agree(problem, *agrees(problem, rng))
 
@@ -63,14 +73,16 @@ def test_minimum_against_strong_minimization(
 @pytest.mark.parametrize("sizes", [(3, 3, 2, None), (2, 3, 4, None), (4, 2, 1, 2)])
 def test_minimum_of_many_problems(rng, kind, learn_decoder, sizes):
     """2 x 6 x 2 x 3 = 72 problems, but for those refused as unbounded."""
-    *sizes, rank_x = sizes
+    x, y, latent, rank_x = sizes
     for _ in range(2):
-        problem = cvae(rng, *sizes, kind, rank_x=rank_x, learn_decoder=learn_decoder)
+        problem = cvae(
+            rng, x, y, latent, kind, rank_x=rank_x, learn_decoder=learn_decoder
+        )
         try:
             problem.theory(problem.energy)
         except ValueError as refusal:
             assert learn_decoder and "unbounded below" in str(refusal)
-            assert sizes[2] >= sizes[1]
+            assert latent >= y
             continue
         spectra_agree(problem, *agrees(problem, rng))
 
@@ -78,7 +90,7 @@ def test_minimum_of_many_problems(rng, kind, learn_decoder, sizes):
 def test_worked_example():
     """Checked by minimizers of another implementation, in all digits."""
     moments = Moments(jnp.asarray(C_XX), jnp.asarray(C_XY), jnp.asarray(C_YY), 1)
-    numbers = dict(decoder_std=0.8, prior_std=1.2)
+    numbers: Any = dict(decoder_std=0.8, prior_std=1.2)
     close = lambda found, wanted: np.testing.assert_allclose(found, wanted, atol=1e-12)
     for beta, least, omega in (
         (0.7, 4.417077335996853, [0.9332851585659169, 0.5901512983549703]),

@@ -1,5 +1,7 @@
 """The minimum of linear hierarchical VAEs, the case left open, and MNIST."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -100,7 +102,7 @@ def test_minimum_of_deep_maps(rng, kinds, hidden):
 
 def diagonal(theta, **options):
     moments = autoencoding(jnp.diag(jnp.asarray(theta) ** 2))
-    numbers = dict(decoder_std=0.8, prior_std=1.2) | options
+    numbers: Any = dict(decoder_std=0.8, prior_std=1.2) | options
     return HierarchicalELBO(moments, **numbers)
 
 
@@ -291,13 +293,14 @@ def test_mnist_collapses_at_the_largest_theta_and_small_ones_at_one():
 
 def test_bad_input(rng):
     energy = diagonal((2.2, 1.3), covariance_1=isotropic(0.9, 2))
-    for sizes, options, text in (
+    cases: Any = (
         ((0, 2), {}, "latent_1 must be >= 1"),
         ((2, 1.5), {}, "latent_2 must be a whole number|latent_2"),
         ((2, 2), {"rank_1": 3}, "rank_1=3 is larger than 2"),
         ((2, 1), {"rank_2": 2}, "rank_2=2 is larger than 1"),
         ((3, 2), {}, "fixed covariance_1 has shape"),
-    ):
+    )
+    for sizes, options, text in cases:
         with pytest.raises(Exception, match=text):
             HVAETheory(energy, *sizes, **options)
     known = HVAETheory(energy, 2, 2)

@@ -9,7 +9,15 @@ import pytest
 from gradflow.theory.latent_modes import LatentModes
 
 
-def modes(variances, *, stds=None, std=0.8, latent=3, rank=None, diagonal=False):
+def modes(
+    variances,
+    *,
+    stds=None,
+    std: float | None = 0.8,
+    latent=3,
+    rank=None,
+    diagonal=False,
+):
     array = lambda value: None if value is None else jnp.asarray(value)
     return LatentModes(
         jnp.asarray(variances),

@@ -1,5 +1,7 @@
 """The minimum of linear VAEs, and verdicts on points and runs."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from elbo_problems import (
     spectra_agree,
     vae,
 )
+from jax.flatten_util import ravel_pytree
 
 from gradflow import collapse
 from gradflow.critical import classify, KIND, RULE
@@ -90,7 +93,7 @@ def test_minimum_of_many_problems(rng, kind, learn_decoder, sizes):
 
 def test_worked_example():
     """Checked by L-BFGS and BFGS of another implementation, in all digits."""
-    numbers = dict(beta=0.7, decoder_std=0.8, prior_std=1.2)
+    numbers: Any = dict(beta=0.7, decoder_std=0.8, prior_std=1.2)
     two = VAETheory(NegativeELBO(data(), **numbers), 2)
     five = VAETheory(NegativeELBO(data(), **numbers), 5)
     close = lambda found, wanted: np.testing.assert_allclose(found, wanted, atol=1e-12)
@@ -195,7 +198,7 @@ def test_no_critical_value_lies_below_the_certificate(rng):
     for kind in ("full", "diagonal", "general"):
         problem = vae(rng, 3, 2, kind)
         known = problem.theory(problem.energy)
-        flat, rebuild = jax.flatten_util.ravel_pytree(problem.like)
+        flat, rebuild = ravel_pytree(problem.like)
         slope = jax.jit(jax.grad(lambda v: problem.energy(rebuild(v))))  # noqa: B023
         hessian = jax.jit(jax.jacfwd(slope))
         values = []
@@ -265,12 +268,13 @@ def test_kl_crosses_zero_at_the_thresholds_of_a_flow(rng):
 
 def test_bad_input():
     energy = NegativeELBO(data())
-    for options, text in (
+    cases: Any = (
         ({"latent": 0}, "latent must be >= 1, got 0"),
         ({"latent": True}, "latent must be a whole number"),
         ({"latent": 2, "rank": 3}, "rank=3 is larger than latent=2"),
         ({"latent": 2, "rank": 0}, "rank must be >= 1"),
-    ):
+    )
+    for options, text in cases:
         with pytest.raises(Exception, match=text):
             VAETheory(energy, **options)
     fixed = NegativeELBO(data(), covariance=jnp.eye(3))

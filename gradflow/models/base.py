@@ -52,11 +52,15 @@ class EnergyBelow(eqx.Module, Generic[P]):
         return energy + rounding * (energy + self.offset) < self.level
 
 
-def as_scalar(value: Any) -> Any:
-    """A Python number as an array, so that one compiled program serves all values;
-    anything else as it is, for `check_positive`."""
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    return jnp.asarray(value, jnp.result_type(float)) if number else value
+def as_array(value: Any) -> Any:
+    """A Python number or a numpy array of them as a jax array, so that one compiled
+    program serves all values; anything else as it is, to be refused by name."""
+    if isinstance(value, np.ndarray):
+        numeric = np.issubdtype(value.dtype, np.number)
+    else:
+        numeric = isinstance(value, (int, float, np.number))
+        numeric = numeric and not isinstance(value, bool)
+    return jnp.asarray(value, jnp.result_type(float)) if numeric else value
 
 
 def check_positive(name: str, value: Any) -> None:

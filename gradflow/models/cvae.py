@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from ..moments import Moments
 from ..types import Scalar
-from .base import AbstractEnergy, as_scalar
+from .base import AbstractEnergy, as_array
 from .linear import AbstractLinearNetwork
 from .vae import (
     AbstractCovariance,
@@ -81,10 +81,12 @@ class ConditionalELBO(AbstractEnergy[LinearCVAE]):
     """
 
     moments: Moments
-    beta: float | Scalar = eqx.field(default=1.0, converter=as_scalar)
-    decoder_std: float | Scalar | None = eqx.field(default=1.0, converter=as_scalar)
-    prior_std: float | Scalar = eqx.field(default=1.0, converter=as_scalar)
-    covariance: Float[Array, "latent latent"] | None = None
+    beta: float | Scalar = eqx.field(default=1.0, converter=as_array)
+    decoder_std: float | Scalar | None = eqx.field(default=1.0, converter=as_array)
+    prior_std: float | Scalar = eqx.field(default=1.0, converter=as_array)
+    covariance: Float[Array, "latent latent"] | None = eqx.field(
+        default=None, converter=as_array
+    )
 
     def __check_init__(self):
         check_elbo(self)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from ..moments import Moments
 from ..types import Scalar
-from .base import AbstractEnergy, as_scalar, check_positive
+from .base import AbstractEnergy, as_array, check_positive
 from .linear import AbstractLinearNetwork
 from .vae import (
     AbstractCovariance,
@@ -90,12 +90,16 @@ class HierarchicalELBO(AbstractEnergy[LinearHVAE]):
     """
 
     moments: Moments
-    beta_1: float | Scalar = eqx.field(default=1.0, converter=as_scalar)
-    beta_2: float | Scalar = eqx.field(default=1.0, converter=as_scalar)
-    decoder_std: float | Scalar = eqx.field(default=1.0, converter=as_scalar)
-    prior_std: float | Scalar = eqx.field(default=1.0, converter=as_scalar)
-    covariance_1: Float[Array, "latent_1 latent_1"] | None = None
-    covariance_2: Float[Array, "latent_2 latent_2"] | None = None
+    beta_1: float | Scalar = eqx.field(default=1.0, converter=as_array)
+    beta_2: float | Scalar = eqx.field(default=1.0, converter=as_array)
+    decoder_std: float | Scalar = eqx.field(default=1.0, converter=as_array)
+    prior_std: float | Scalar = eqx.field(default=1.0, converter=as_array)
+    covariance_1: Float[Array, "latent_1 latent_1"] | None = eqx.field(
+        default=None, converter=as_array
+    )
+    covariance_2: Float[Array, "latent_2 latent_2"] | None = eqx.field(
+        default=None, converter=as_array
+    )
 
     def __check_init__(self):
         for name in ("beta_1", "beta_2", "decoder_std", "prior_std"):

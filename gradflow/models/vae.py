@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 
 from ..moments import Moments
 from ..types import Scalar
-from .base import AbstractEnergy, as_scalar, check_positive
+from .base import AbstractEnergy, as_array, check_positive
 from .linear import AbstractLinearNetwork, DeepLinear, LinearMap
 
 
@@ -196,10 +196,12 @@ class NegativeELBO(AbstractEnergy[LinearVAE]):
     """
 
     moments: Moments
-    beta: float | Scalar = eqx.field(default=1.0, converter=as_scalar)
-    decoder_std: float | Scalar | None = eqx.field(default=1.0, converter=as_scalar)
-    prior_std: float | Scalar = eqx.field(default=1.0, converter=as_scalar)
-    covariance: Float[Array, "latent latent"] | None = None
+    beta: float | Scalar = eqx.field(default=1.0, converter=as_array)
+    decoder_std: float | Scalar | None = eqx.field(default=1.0, converter=as_array)
+    prior_std: float | Scalar = eqx.field(default=1.0, converter=as_array)
+    covariance: Float[Array, "latent latent"] | None = eqx.field(
+        default=None, converter=as_array
+    )
 
     def __check_init__(self):
         check_elbo(self)
@@ -310,7 +312,7 @@ def check_covariance(name: str, matrix: Any) -> None:
     shape = jnp.shape(matrix)
     if not isinstance(matrix, jax.Array) or len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(
-            f"{name} must be a jax array (latent, latent), got {type(matrix).__name__} "
+            f"{name} must be an array (latent, latent), got {type(matrix).__name__} "
             f"of shape {shape}"
         )
     values = np.asarray(matrix)

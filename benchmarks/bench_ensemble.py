@@ -20,11 +20,9 @@ uncertified, or if an error is too large.
     python benchmarks/bench_ensemble.py --out FOLDER
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import diffrax
@@ -457,8 +455,7 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=TITLE)
-    parser.add_argument("--smoke", action="store_true", help="tiny, a few seconds")
+    parser = timing.flags(TITLE)
     parser.add_argument("--only", nargs="+", help="names of workloads, such as A B")
     parser.add_argument(
         "--lanes", type=timing.count, help="instead of each workload's own"
@@ -466,11 +463,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--resident", type=timing.count, help="lanes at once in an ensemble"
     )
-    parser.add_argument(
-        "--repeats", type=timing.count, help="samples of each (default 5)"
-    )
     parser.add_argument("--fast", action="store_true", help="without autodiff")
-    parser.add_argument("--out", type=Path, help="folder for ensemble.json and .md")
     given = parser.parse_args(arguments)
     jax.config.update("jax_enable_x64", True)
     repeats = given.repeats or (2 if given.smoke else 5)
@@ -490,12 +483,7 @@ def main(arguments: list[str] | None = None) -> int:
         "repeats": repeats,
         "Gflop/s of matrix products": f"{matmul_rate():.0f}",
     }
-    print(f"\n{timing.text(rows, setting)}")
-    if given.out is not None:
-        timing.write(given.out, "ensemble", rows, setting)
-    for failure in failures(rows):
-        print(failure, file=sys.stderr)
-    return 1 if failures(rows) else 0
+    return timing.finish("ensemble", rows, setting, given.out, failures(rows))
 
 
 if __name__ == "__main__":

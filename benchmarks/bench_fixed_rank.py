@@ -18,10 +18,8 @@ than is asked.
     python benchmarks/bench_fixed_rank.py --out FOLDER
 """
 
-import argparse
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import diffrax
@@ -257,12 +255,7 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=TITLE)
-    parser.add_argument("--smoke", action="store_true", help="tiny, a few seconds")
-    parser.add_argument(
-        "--repeats", type=timing.count, help="samples of each (default 5)"
-    )
-    parser.add_argument("--out", type=Path, help="folder for fixed_rank.json and .md")
+    parser = timing.flags(TITLE)
     given = parser.parse_args(arguments)
     jax.config.update("jax_enable_x64", True)
     repeats = given.repeats or (2 if given.smoke else 5)
@@ -271,12 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
         problem = draw(workload)
         rows += bench_velocities(problem, repeats) + bench_runs(problem, repeats)
     setting = {**timing.machine("float64"), "repeats": repeats}
-    print(timing.text(rows, setting))
-    if given.out is not None:
-        timing.write(given.out, "fixed_rank", rows, setting)
-    for failure in failures(rows):
-        print(failure, file=sys.stderr)
-    return 1 if failures(rows) else 0
+    return timing.finish("fixed_rank", rows, setting, given.out, failures(rows))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ Exits with 1 if the velocities differ by more than rounding.
     python benchmarks/bench_velocity.py --out FOLDER
 """
 
-import argparse
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import diffrax
@@ -359,16 +357,11 @@ def _rows(problem, candidates, timings, lanes, errors) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=TITLE)
-    parser.add_argument("--smoke", action="store_true", help="tiny, a few seconds")
+    parser = timing.flags(TITLE)
     parser.add_argument(
         "--lanes", type=timing.count, help="instead of each workload's own"
     )
-    parser.add_argument(
-        "--repeats", type=timing.count, help="samples of each (default 5)"
-    )
     parser.add_argument("--dtype", choices=list(AGREE), default="float64")
-    parser.add_argument("--out", type=Path, help="folder for velocity.json and .md")
     given = parser.parse_args(arguments)
     jax.config.update("jax_enable_x64", given.dtype == "float64")
     repeats = given.repeats or (2 if given.smoke else 5)
@@ -389,12 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not row["relative error"] <= AGREE[given.dtype]
         ]
     setting = {**timing.machine(given.dtype), "repeats": repeats}
-    print(f"\n{timing.text(rows, setting)}")
-    if given.out is not None:
-        timing.write(given.out, "velocity", rows, setting)
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    return 1 if failures else 0
+    return timing.finish("velocity", rows, setting, given.out, failures)
 
 
 if __name__ == "__main__":

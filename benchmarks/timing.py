@@ -11,16 +11,19 @@ import importlib.metadata
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import drawing
 import jax
 
 from gradflow.report import environment
 
 
+K = TypeVar("K")
 # A sample shorter than this is noise of the clock and of dispatch: calls are repeated.
 SHORTEST_SAMPLE = 0.1
 # To a call this long cold caches make no difference.
@@ -79,8 +82,8 @@ class Timing:
 
 
 def interleave(
-    candidates: Mapping[str, Candidate], *, repeats: int = 5
-) -> dict[str, Timing]:
+    candidates: Mapping[K, Candidate], *, repeats: int = 5
+) -> dict[K, Timing]:
     """Times each candidate `repeats` times, in turn, after two calls that are not
     counted. Results are waited for, on any device."""
     if repeats < 1:
@@ -92,7 +95,7 @@ def interleave(
         if once < LONG:
             once, results[name] = _timed(candidate.call, 1)
         calls[name] = max(1, round(SHORTEST_SAMPLE / max(once, 1e-9)))
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    samples: dict[K, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     for number in range(repeats):
         # Another one begins each round: the one after a long one finds a cold cache.
@@ -121,6 +124,32 @@ def machine(dtype: str) -> dict[str, Any]:
     }
 
 
+def flags(title: str) -> argparse.ArgumentParser:
+    """The flags that every benchmark has."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--smoke", action="store_true", help="tiny, a few seconds")
+    parser.add_argument("--repeats", type=count, help="samples of each (default 5)")
+    parser.add_argument("--out", type=Path, help="folder for the table and its figure")
+    return parser
+
+
+def finish(
+    name: str,
+    rows: list[dict[str, Any]],
+    setting: dict[str, Any],
+    out: Path | None,
+    failures: list[str],
+    draw: Callable[[list[dict[str, Any]], Path], None] = drawing.bars,
+) -> int:
+    """Prints the table and what is wrong, writes the files, returns the exit code."""
+    print(f"\n{text(rows, setting)}")
+    if out is not None:
+        write(out, name, rows, setting, draw)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
 def text(rows: list[dict[str, Any]], setting: dict[str, Any]) -> str:
     """The table and what it was made with."""
     made = ", ".join(f"{key} {value}" for key, value in setting.items())
@@ -128,13 +157,18 @@ def text(rows: list[dict[str, Any]], setting: dict[str, Any]) -> str:
 
 
 def write(
-    out: Path, name: str, rows: list[dict[str, Any]], setting: dict[str, Any]
+    out: Path,
+    name: str,
+    rows: list[dict[str, Any]],
+    setting: dict[str, Any],
+    draw: Callable[[list[dict[str, Any]], Path], None],
 ) -> None:
-    """Writes `name.json`, with every sample, and `name.md`."""
+    """Writes `name.json`, with every sample, `name.md` and `name.png`."""
     out.mkdir(parents=True, exist_ok=True)
     document = {"benchmark": name, "setting": setting, "rows": rows}
     (out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     (out / f"{name}.md").write_text(text(rows, setting))
+    draw(rows, out / f"{name}.png")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

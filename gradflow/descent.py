@@ -24,7 +24,7 @@ from .flow import AbstractFlow
 from .solution import RESULTS, Solution, SUCCESSFUL
 from .solvers.chebyshev import RKC2
 from .solvers.step_control import NormwiseStepSize, root_mean_square
-from .solvers.stiffness import ahead, CRAWLING
+from .solvers.stiffness import ahead, CRAWLING, MOSTLY
 from .types import P, Scalar
 
 
@@ -88,8 +88,8 @@ class Descent(eqx.Module, Generic[P]):
       ends as `successful` at a speed of at most `tolerance`.
     - `audit`: from a start, makes a function that tells of a later point which
       invariants of the exact flow it breaks.
-    - `patience`: end as `stiff` after so many steps at the limit of stability, for
-      another descent to take over.
+    - `patience`: end as `stiff` after so many steps at the limit of stability, if most
+      steps were, for another descent to take over.
     """
 
     flow: AbstractFlow[P]
@@ -256,10 +256,10 @@ class Descent(eqx.Module, Generic[P]):
         result = RESULTS.where(failed, failure, SUCCESSFUL)
         finished = jnp.asarray(failed)
         if self.patience is not None:
-            result = RESULTS.where(
-                state.crawled >= self.patience, cast(RESULTS, RESULTS.stiff), result
-            )
-            finished = finished | (state.crawled >= self.patience)
+            crawled = cast(Array, state.crawled)
+            stiff = (crawled >= self.patience) & (crawled / steps >= MOSTLY)
+            result = RESULTS.where(stiff, cast(RESULTS, RESULTS.stiff), result)
+            finished = finished | stiff
         for condition, member in (
             (vanished, RESULTS.step_size_vanished),
             (exhausted, RESULTS.max_steps_reached),

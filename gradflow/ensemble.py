@@ -21,7 +21,7 @@ from .descent import Descent, End, handed_over, State
 from .lanes.base import Lanes
 from .lanes.chebyshev import chebyshev_lanes
 from .lanes.explicit import explicit_lanes
-from .layout import layout_of
+from .layout import AUTO, layout_of
 from .solution import Solution
 from .solve import Integrator
 from .solvers.step_control import root_mean_square
@@ -97,7 +97,7 @@ def _block(integrator, initialize, key, first, count, size, lanes):
     dtype = jnp.result_type(*jax.tree.leaves(like))
     # The descents look at the kind of the point only, never at its numbers.
     descents, end = integrator.descents(like), integrator.end(dtype)
-    kept = lanes_of(descents[0], like)
+    kept = lanes_of(descents[0], like, integrator.layout)
     starts, states = _begin(kept, initialize, key, jnp.asarray(first), size, lanes)
     ends, rounds = _pass(kept, states, end, jnp.asarray(count), lanes)
     steps = {"used": 0, "all": 0}
@@ -111,7 +111,7 @@ def _block(integrator, initialize, key, first, count, size, lanes):
         few = min(lanes, room)
         room = few * -(-room // few)
         which = jnp.asarray(np.resize(left, room))
-        kept = lanes_of(descent, like)
+        kept = lanes_of(descent, like, integrator.layout)
         states = _take_over(kept, ends, which, few)
         later, rounds = _pass(kept, states, end, jnp.asarray(left.size), few)
         _account(steps, kept, later, left.size, rounds, few)
@@ -120,11 +120,12 @@ def _block(integrator, initialize, key, first, count, size, lanes):
     return jax.tree.map(lambda leaf: np.array(leaf[:count]), solution), steps
 
 
-def lanes_of(descent: Descent, like: Any) -> Lanes:
-    """The fastest lanes there are for this descent of points like `like`."""
+def lanes_of(descent: Descent, like: Any, asked: str = AUTO) -> Lanes:
+    """The fastest lanes there are for this descent of points like `like`, in the
+    layout that was asked for."""
+    layout = layout_of(descent, like, asked)
     if descent.audit is not None:
         return Lanes(descent)
-    layout = layout_of(descent, like)
     return (
         chebyshev_lanes(descent, layout)
         or explicit_lanes(descent, layout)

@@ -35,19 +35,40 @@ LONGEST_FUSED = 4
 LONGEST = 32
 
 
-def layout_of(descent: Descent, like: Any) -> "Rows":
-    """The fastest layout there is for this descent of points like `like`."""
+AUTO, ROWS, COLUMNS = "auto", "rows", "columns"
+LAYOUTS = (AUTO, ROWS, COLUMNS)
+
+
+def layout_of(descent: Descent, like: Any, layout: str = AUTO) -> "Rows":
+    """The layout asked for; by default the one that is faster for this descent of
+    points like `like`.
+
+    **Raises:** `ValueError` if columns are asked for and can't be had.
+    """
     flow, stop = descent.flow, descent.stop
     known = (
-        type(flow) is GradientFlow
+        descent.audit is None
+        and type(flow) is GradientFlow
         and type(flow.manifold) is Euclidean
         and type(flow.energy) is SquaredLoss
         and type(like) is DeepLinear
         and (stop is None or isinstance(stop, EnergyBelow))
     )
-    if known and like.depth > 1 and max(like.widths[1:-1]) <= WIDEST:
+    known = known and like.depth > 1
+    if layout == COLUMNS and not known:
+        raise ValueError(
+            "layout='columns' needs the plain gradient flow of a SquaredLoss at a "
+            "DeepLinear of depth >= 2, stopped by its speed or an energy and without "
+            "an audit: use 'auto'"
+        )
+    if layout == COLUMNS or layout == AUTO and known and narrow(like):
         return _columns(descent, like.widths)
     return Rows(descent)
+
+
+def narrow(network: DeepLinear) -> bool:
+    """Whether its matrices are too small for calls of their own."""
+    return max(network.widths[1:-1]) <= WIDEST
 
 
 class Rows(eqx.Module):

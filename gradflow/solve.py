@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .descent import Descent, handed_over
 from .flow import AbstractFlow
+from .layout import LAYOUTS
 from .manifolds.fixed_rank import FixedRank
 from .models.low_rank import LowRank
 from .solution import raise_failure, RESULTS, Solution, SUCCESSFUL
@@ -47,6 +48,8 @@ class Integrator(eqx.Module, Generic[P]):
 
     Called with a point it is `integrate(..., throw=False)`. A `Study` given one as
     `descend` runs its draws on a fixed number of lanes and refills each as it ends.
+    These keep deep linear networks as `layout` says: "rows", one after the other (wide
+    ones), "columns", entry by entry beside each other (narrow ones), or "auto".
 
     **Raises:** `ValueError` for arguments out of range.
     """
@@ -61,6 +64,7 @@ class Integrator(eqx.Module, Generic[P]):
     )
     max_steps: int | Int[Array, ""] = 16384
     audit: Callable[[P], Callable[[P], dict[str, Bool[Array, ""]]]] | None = None
+    layout: str = eqx.field(static=True, default="auto")
 
     def __check_init__(self):
         _check_positive("horizon", self.horizon)
@@ -70,6 +74,10 @@ class Integrator(eqx.Module, Generic[P]):
         if isinstance(self.method, str) and self.method != AUTO:
             raise ValueError(
                 f"method={self.method!r} must be {AUTO!r} or a diffrax solver"
+            )
+        if self.layout not in LAYOUTS:
+            raise ValueError(
+                f"layout={self.layout!r} must be one of {', '.join(LAYOUTS)}"
             )
 
     def __call__(self, point: P) -> Solution[P]:

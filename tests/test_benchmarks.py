@@ -16,22 +16,28 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 def module(monkeypatch):
     """Imports a file of `benchmarks/` as a script there would."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("timing", "bench_velocity", "bench_fixed_rank", "bench_ensemble")
+    names = [path.stem for path in FOLDER.glob("*.py")]
     yield importlib.import_module
     for name in names:
         sys.modules.pop(name, None)
 
 
-@pytest.mark.slow  # continuous integration runs it
-def test_velocity_smoke(tmp_path):
-    script = FOLDER / "bench_velocity.py"
+def smoke(name, folder):
+    """What `bench_NAME.py --smoke` writes and prints."""
     done = subprocess.run(
-        [sys.executable, str(script), "--smoke", "--out", str(tmp_path)],
+        [sys.executable, f"{FOLDER}/bench_{name}.py", "--smoke", "--out", str(folder)],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    document = json.loads((tmp_path / "velocity.json").read_text())
+    document = json.loads((folder / f"{name}.json").read_text())
+    assert (folder / f"{name}.png").stat().st_size > 0
+    return document, (folder / f"{name}.md").read_text(), done.stdout
+
+
+@pytest.mark.slow  # continuous integration runs it
+def test_velocity_smoke(tmp_path):
+    document, table, printed = smoke("velocity", tmp_path)
     assert document["benchmark"] == "velocity"
     setting = document["setting"]
     assert setting["dtype"] == "float64" and setting["repeats"] == 2
@@ -50,8 +56,7 @@ def test_velocity_smoke(tmp_path):
     for baseline in ("autodiff of the loss on the data", "scipy RK45 loop"):
         ratios = [row["speed over baseline"] for row in rows if row["what"] == baseline]
         assert ratios == [1.0, 1.0]
-    table = (tmp_path / "velocity.md").read_text()
-    assert table in done.stdout
+    assert table in printed
     assert all(row["what"] in table for row in rows)
 
 
@@ -73,14 +78,8 @@ def test_wrong_velocities_fail(module, monkeypatch, capsys):
 
 @pytest.mark.slow  # continuous integration runs it
 def test_fixed_rank_smoke(tmp_path):
-    script = FOLDER / "bench_fixed_rank.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--smoke", "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "fixed_rank.json").read_text())["rows"]
+    document, table, printed = smoke("fixed_rank", tmp_path)
+    rows = document["rows"]
     velocities = [row for row in rows if row["of"] == "velocity"]
     runs = [row for row in rows if row["of"] == "run"]
     assert len(velocities) == 5 and len(runs) == 3
@@ -88,7 +87,7 @@ def test_fixed_rank_smoke(tmp_path):
         assert part[0]["speed over baseline"] == 1.0
     assert all(row["relative error"] <= 1e-11 for row in velocities[1:])
     assert all(row["relative error"] <= 1e-6 for row in runs[1:])
-    assert (tmp_path / "fixed_rank.md").read_text() in done.stdout
+    assert table in printed
 
 
 def test_wrong_fixed_rank_rows_fail(module):
@@ -130,19 +129,33 @@ def test_samples_are_interleaved(module, monkeypatch):
 
 @pytest.mark.slow  # continuous integration runs it
 def test_ensemble_smoke(tmp_path):
-    script = FOLDER / "bench_ensemble.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--smoke", "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "ensemble.json").read_text())["rows"]
+    document, table, printed = smoke("ensemble", tmp_path)
+    rows = document["rows"]
     assert len(rows) == 2 * 9 and {row["workload"][0] for row in rows} == {"A", "B"}
     for row in rows:
         assert row["us per lane"] > 0 and 0 <= (row["idle"] or 0) < 1
         assert row["certified"] == row["lanes"] == 8
-    assert (tmp_path / "ensemble.md").read_text() in done.stdout
+    assert table in printed
+
+
+@pytest.mark.slow
+def test_scaling_at_small_sizes(tmp_path):
+    document, table, printed = smoke("scaling", tmp_path)
+    rows = document["rows"]
+    parts = ("draws", "width", "depth", "devices", "processes")
+    assert tuple(dict.fromkeys(row["part"] for row in rows)) == parts
+    for row in rows:
+        assert row["us per draw"] > 0 and row["certified"] == row["draws"]
+    assert {row["value"] for row in rows if row["part"] in parts[3:]} == {1, 2}
+    assert table in printed
+
+
+def test_wrong_scaling_fails(module):
+    bench = module("bench_scaling")
+    row = {"part": "width", "value": 5, "what": bench.OURS, "draws": 3, "certified": 3}
+    assert not bench.failures([row])
+    (text,) = bench.failures([{**row, "certified": 2}])
+    assert text == "width=5: 2 of 3 draws certified"
 
 
 def test_wrong_ensembles_fail(module):

@@ -3,4 +3,11 @@
 A plain list, so that the command line can name them without importing them.
 """
 
-NAMES = ("convergence", "figures", "saddle_avoidance", "equivalence", "escape")
+NAMES = (
+    "convergence",
+    "figures",
+    "saddle_avoidance",
+    "equivalence",
+    "escape",
+    "em_versus_flow",
+)

@@ -1,4 +1,5 @@
 from . import (
+    collapse as collapse,
     datasets as datasets,
     experiments as experiments,
     manifolds as manifolds,
@@ -35,6 +36,7 @@ from .flow import AbstractFlow as AbstractFlow, GradientFlow as GradientFlow
 from .initial import (
     BalancedInit as BalancedInit,
     GaussianInit as GaussianInit,
+    GaussianLike as GaussianLike,
     LowRankInit as LowRankInit,
     NearPoint as NearPoint,
     OrthogonalInit as OrthogonalInit,

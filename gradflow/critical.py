@@ -36,6 +36,7 @@ class RULE(eqx.Enumeration):
 
     loss_certificate = "The loss is below every critical value but the least."
     closed_form = "The point is a known critical point, and second-order analysis."
+    hessian = "The point is critical, and its Hessian has a negative eigenvalue."
     sign_obstruction = (
         "The sign of the determinant, which the flow keeps, excludes the minimum, and "
         "the loss all saddles but one."
@@ -92,10 +93,11 @@ def classify(
     1. not finite: `diverged`;
     2. `theory.certificate` holds: `global_minimum`;
     3. `theory.saddle_limit` is certain: that saddle (points of fixed rank only);
-    4. a critical point to rounding: its kind by the theory's second-order analysis. A
-       point 1e-10 away is not one: it may leave, and is left open. So is the end of a
-       run that moved to within rounding of a saddle: only if what keeps it there is
-       exactly 0 (a symmetric start, say) does its limit not depend on rounding;
+    4. a critical point to rounding: its kind by the theory's second-order analysis, or
+       where that is open a strict saddle if its Hessian says so. A point 1e-10 away is
+       not one: it may leave, and is left open. So is the end of a run that moved to
+       within rounding of a saddle: only if what keeps it there is exactly 0 (a
+       symmetric start, say) does its limit not depend on rounding;
     5. faster than `speed_tol`: `not_critical`;
     6. `unresolved`, with the predicted `remaining` time.
 
@@ -147,6 +149,7 @@ def classify(
     # The two second-order roads must not contradict each other.
     nonstrict = match.nonstrict & saddle_stays & ~(index > 0)
     strict = match.strict & saddle_stays & (index != 0)
+    curved = match.undecided & saddle_stays & (index > 0)
 
     broken = at.broken if isinstance(at, Solution) else None
     limited_at = jnp.full_like(energy, jnp.nan)
@@ -159,6 +162,7 @@ def classify(
     for condition, member, by in (
         (speed > speed_tol, KIND.not_critical, RULE.none),
         (strict, KIND.strict_saddle, RULE.closed_form),
+        (curved, KIND.strict_saddle, RULE.hessian),
         (nonstrict, KIND.nonstrict_saddle, RULE.closed_form),
         (match.optimal, KIND.global_minimum, RULE.closed_form),
         *_obstruction(limit, obstructed),

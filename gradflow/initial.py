@@ -1,4 +1,4 @@
-r"""Where runs start: callables from a key to a network.
+r"""Where runs start: callables from a key to a point.
 
 Each is a callable of one key, to be given to a `Study` as `initialize`.
 """
@@ -15,7 +15,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from .models.linear import DeepLinear
+from .models.linear import AbstractLinearNetwork, DeepLinear
 from .models.low_rank import LowRank
 from .types import Key
 
@@ -49,6 +49,44 @@ class GaussianInit(eqx.Module):
                 )
             )
         )
+
+
+class GaussianLike(eqx.Module):
+    """A given point, with independent entries $N(0, \\text{scale}^2)$ in its linear
+    maps. What is no linear map, such as variances, stays, or is moved by
+    $N(0, \\text{spread}^2)$ in its own coordinates.
+
+    **Raises:** `ValueError` for a scale that is not a finite number > 0, or a spread
+    that is not one >= 0.
+    """
+
+    point: PyTree[Float[Array, "..."]]
+    scale: float | Float[Array, ""]
+    spread: float | Float[Array, ""] = 0.0
+
+    def __check_init__(self):
+        _check_scale(self.scale)
+        if not isinstance(self.spread, jax.Array) and self.spread != 0:
+            _check_scale(self.spread, "spread")
+
+    def __call__(self, key: Key):
+        leaves, structure = jax.tree.flatten(self.point)
+        sizes = [leaf.size for leaf in leaves]
+        noise = jr.normal(key, (sum(sizes),), leaves[0].dtype)
+        ends = list(itertools.accumulate(sizes, initial=0))
+        moves = [
+            noise[begin:end].reshape(leaf.shape)
+            for leaf, (begin, end) in zip(leaves, itertools.pairwise(ends), strict=True)
+        ]
+        is_map = lambda node: isinstance(node, AbstractLinearNetwork)
+
+        def moved(old, move):
+            if is_map(old):
+                return jax.tree.map(lambda leaf: self.scale * leaf, move)
+            return old + self.spread * move
+
+        moves = jax.tree.unflatten(structure, moves)
+        return jax.tree.map(moved, self.point, moves, is_leaf=is_map)
 
 
 class OrthogonalInit(eqx.Module):
@@ -294,12 +332,12 @@ def _check_widths(widths):
             raise ValueError(f"widths={widths} must all be >= 1, got {width}")
 
 
-def _check_scale(scale):
+def _check_scale(scale, name="scale"):
     if isinstance(scale, (bool, str)) or not isinstance(
         scale, (int, float, np.number, jax.Array)
     ):
-        raise ValueError(f"scale must be a number > 0, got {scale!r}")
+        raise ValueError(f"{name} must be a number > 0, got {scale!r}")
     if isinstance(scale, jax.core.Tracer):
         return
     if not np.all((np.asarray(scale) > 0) & np.isfinite(np.asarray(scale))):
-        raise ValueError(f"scale must be a finite number > 0, got {scale}")
+        raise ValueError(f"{name} must be a finite number > 0, got {scale}")

@@ -277,6 +277,34 @@ def escape(report: Report) -> Any:
     return figure
 
 
+def em_versus_flow(report: Report) -> Any:
+    """The figure of the `em_versus_flow` experiment: a column for each model, EM above
+    the flow."""
+    import matplotlib.pyplot as plt
+
+    panels = report.figure["panels"]
+    methods = list(dict.fromkeys(panel["sets"][0]["label"] for panel in panels))
+    columns = max([1, *(len(panels) // len(methods) for _ in methods)])
+    bands = max(1, len(methods))
+    with plt.style.context(STYLE):
+        figure, grid = plt.subplots(
+            bands,
+            columns,
+            figsize=(max(2.3 * columns, 4.6), 2.1 * bands + 0.3),
+            layout="constrained",
+            squeeze=False,
+        )
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        for i, panel in enumerate(panels):
+            column, band = divmod(i, bands)
+            group = panel["sets"][0] | {"style": {"color": RUNS[band]}}
+            axes = curves(panel | {"sets": [group]}, grid[band, column])
+            if column > 0:
+                axes.set_ylabel("")
+    return figure
+
+
 def _numbers(values: Any) -> np.ndarray:
     """An array of what may come from memory or from JSON, where NaN is null."""
     return np.array([np.nan if v is None else v for v in values], dtype=float)
@@ -289,6 +317,7 @@ FIGURES = {
     "saddle_avoidance": saddle_avoidance,
     "equivalence": equivalence,
     "escape": escape,
+    "em_versus_flow": em_versus_flow,
 }
 
 

@@ -40,8 +40,14 @@ from gradflow.cli import main
 from gradflow.experiments.base import RunConfig
 from gradflow.experiments.convergence import Config
 from gradflow.initial import section7_widths
-from gradflow.models import DeepLinear, SquaredLoss
-from gradflow.theory import LinearTheory
+from gradflow.models import (
+    ConditionalELBO,
+    DeepLinear,
+    HierarchicalELBO,
+    NegativeELBO,
+    SquaredLoss,
+)
+from gradflow.theory import CVAETheory, HVAETheory, LinearTheory, VAETheory
 
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
@@ -73,6 +79,14 @@ def _network(*widths):
             for into, out in zip(widths[:-1], widths[1:], strict=True)
         )
     )
+
+
+def _elbo(levels=1):
+    return (NegativeELBO if levels == 1 else HierarchicalELBO)(_moments())
+
+
+def _conditional():
+    return ConditionalELBO(_moments(X, X[:, :2]))
 
 
 def _integrate(**options):
@@ -278,6 +292,75 @@ PYTHON = {
     "rank 5 of 4": (lambda: section7_widths(4, 3, 5), "rank=5"),
     # theory
     **_options("LinearTheory rank", lambda rank: LinearTheory(_loss(), rank)),
+    **_options(
+        "NegativeELBO beta",
+        lambda beta: NegativeELBO(_moments(), beta=beta),
+    ),
+    **_options(
+        "NegativeELBO decoder_std",
+        lambda decoder_std: NegativeELBO(_moments(), decoder_std=decoder_std),
+    ),
+    **_options(
+        "NegativeELBO prior_std",
+        lambda prior_std: NegativeELBO(_moments(), prior_std=prior_std),
+    ),
+    **_options(
+        "NegativeELBO covariance",
+        lambda covariance: NegativeELBO(_moments(), covariance=covariance),
+    ),
+    **_options(
+        "ConditionalELBO beta",
+        lambda beta: ConditionalELBO(_moments(), beta=beta),
+    ),
+    **_options(
+        "ConditionalELBO decoder_std",
+        lambda decoder_std: ConditionalELBO(_moments(), decoder_std=decoder_std),
+    ),
+    **_options(
+        "ConditionalELBO prior_std",
+        lambda prior_std: ConditionalELBO(_moments(), prior_std=prior_std),
+    ),
+    **_options(
+        "ConditionalELBO covariance",
+        lambda covariance: ConditionalELBO(_moments(), covariance=covariance),
+    ),
+    **_options(
+        "HierarchicalELBO beta_1",
+        lambda beta_1: HierarchicalELBO(_moments(), beta_1=beta_1),
+    ),
+    **_options(
+        "HierarchicalELBO beta_2",
+        lambda beta_2: HierarchicalELBO(_moments(), beta_2=beta_2),
+    ),
+    **_options(
+        "HierarchicalELBO decoder_std",
+        lambda decoder_std: HierarchicalELBO(_moments(), decoder_std=decoder_std),
+    ),
+    **_options(
+        "HierarchicalELBO prior_std",
+        lambda prior_std: HierarchicalELBO(_moments(), prior_std=prior_std),
+    ),
+    **_options(
+        "HierarchicalELBO covariance_1",
+        lambda covariance_1: HierarchicalELBO(_moments(), covariance_1=covariance_1),
+    ),
+    **_options(
+        "HierarchicalELBO covariance_2",
+        lambda covariance_2: HierarchicalELBO(_moments(), covariance_2=covariance_2),
+    ),
+    **_options("VAETheory latent", lambda latent: VAETheory(_elbo(), latent)),
+    **_options("VAETheory rank", lambda rank: VAETheory(_elbo(), 2, rank=rank)),
+    **_options(
+        "HVAETheory latent_1", lambda latent_1: HVAETheory(_elbo(2), latent_1, 2)
+    ),
+    **_options(
+        "HVAETheory rank_2", lambda rank_2: HVAETheory(_elbo(2), 2, 2, rank_2=rank_2)
+    ),
+    **_options("CVAETheory latent", lambda latent: CVAETheory(_conditional(), latent)),
+    **_options(
+        "CVAETheory skip_rank",
+        lambda skip_rank: CVAETheory(_conditional(), 2, skip_rank=skip_rank),
+    ),
     "rank 4 of 3": (
         lambda: LinearTheory(_loss(), 4),
         "rank=4 is larger than min(widths)=3",

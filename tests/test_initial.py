@@ -10,11 +10,13 @@ import pytest
 from gradflow.initial import (
     BalancedInit,
     GaussianInit,
+    GaussianLike,
     NearPoint,
     OrthogonalInit,
     OrthonormalBalancedInit,
     section7_widths,
 )
+from gradflow.models import LinearVAE
 from gradflow.models.linear import DeepLinear
 
 
@@ -40,6 +42,24 @@ def test_gaussian_entries_have_the_moments_of_a_gaussian(getkey):
     )
     correlation = flat.T @ flat / draws / scale**2 - np.eye(flat.shape[1])
     assert np.max(np.abs(correlation)) < 6.5 * math.sqrt(2 / draws)
+
+
+def test_gaussian_entries_in_the_shape_of_a_point(getkey):
+    """Maps are drawn anew, variances stay, or move by the spread."""
+    like = LinearVAE.zeros(30, 20, learn_decoder=True, hidden=((40,), ()))
+    point = GaussianLike(like, 0.3)(getkey())
+    for network in (point.encoder, point.decoder):
+        for factor in network.factors():
+            assert abs(np.std(factor) - 0.3) < 0.05
+    np.testing.assert_array_equal(point.covariance.matrix(), np.eye(20))
+    assert float(point.log_decoder_variance) == 0
+    moved = GaussianLike(like, 0.3, spread=0.2)(getkey())
+    assert abs(np.std(moved.covariance.below) - 0.2) < 0.05
+    for bad in (-1.0, 0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scale must be a finite number"):
+            GaussianLike(like, bad)
+    with pytest.raises(ValueError, match="spread must be a finite number"):
+        GaussianLike(like, 0.3, spread=-1.0)
 
 
 def test_gaussian_scale_may_be_swept(getkey):

@@ -25,6 +25,7 @@ LEVELS = {
     "em": 3,
     "initial": 3,
     "audit": 3,
+    "collapse": 3,
     "solvers": 3,
     "solution": 4,
     "descent": 5,
@@ -62,8 +63,8 @@ WITHIN = {
 # Within the store, in this order.
 STORE = ("files", "difference", "chunk", "arrays", "cell", "folder")
 # Files of theory without a twin in models: shared machinery, exact trajectories (of the
-# networks of models/linear.py, as is Oja's flow), and the two models of factor.py that
-# have a closed form.
+# networks of models/linear.py, as is Oja's flow), what the VAEs have in common, and the
+# two models of factor.py that have a closed form.
 WITHOUT_TWIN = {
     "base",
     "second_order",
@@ -74,6 +75,7 @@ WITHOUT_TWIN = {
     "modes",
     "ppca",
     "pcca",
+    "latent_modes",
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
 

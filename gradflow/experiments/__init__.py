@@ -5,7 +5,14 @@ Those in `STUDIES` have many draws, `studies` gives them, and `run` takes a `Sto
 can have them without importing jax.
 """
 
-NAMES = ("convergence", "figures", "saddle_avoidance", "equivalence", "escape")
+NAMES = (
+    "convergence",
+    "figures",
+    "saddle_avoidance",
+    "equivalence",
+    "escape",
+    "em_versus_flow",
+)
 STUDIES = ("convergence", "saddle_avoidance")
 SIZES = {
     "convergence": {
@@ -20,6 +27,10 @@ SIZES = {
     "equivalence": {
         "quick": {"depths": [2, 3], "ranks": [2], "draws": 2},
         "full": {"dimension": 6, "ranks": [2, 4, 6], "draws": 16},
+    },
+    "em_versus_flow": {
+        "quick": {"models": ["ppca"], "draws": 20},
+        "full": {"draws": 2000},
     },
     "escape": {"quick": {"draws": 2}, "full": {"draws": 64}},
 }

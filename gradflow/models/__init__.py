@@ -11,11 +11,13 @@ from .base import (
     AbstractEnergy as AbstractEnergy,
     AbstractLatentEnergy as AbstractLatentEnergy,
 )
+from .cvae import ConditionalELBO as ConditionalELBO, LinearCVAE as LinearCVAE
 from .factor import (
     battery_pattern as battery_pattern,
     LatentGaussian as LatentGaussian,
     NegativeLogLikelihood as NegativeLogLikelihood,
 )
+from .hvae import HierarchicalELBO as HierarchicalELBO, LinearHVAE as LinearHVAE
 from .linear import (
     AbstractLinearNetwork as AbstractLinearNetwork,
     DeepLinear as DeepLinear,
@@ -25,3 +27,11 @@ from .linear import (
     TiedAutoencoder as TiedAutoencoder,
 )
 from .low_rank import LowRank as LowRank
+from .vae import (
+    AbstractCovariance as AbstractCovariance,
+    CholeskyCovariance as CholeskyCovariance,
+    DiagonalCovariance as DiagonalCovariance,
+    LinearVAE as LinearVAE,
+    NegativeELBO as NegativeELBO,
+    RootCovariance as RootCovariance,
+)

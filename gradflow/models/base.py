@@ -1,11 +1,14 @@
 """What every energy is: a function to be minimized, with its differential."""
 
 import abc
-from typing import Generic, TypeVar
+import math
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 from ..types import P, Scalar
@@ -73,3 +76,27 @@ class EnergyBelow(eqx.Module, Generic[P]):
         """For an energy, or an array of energies."""
         rounding = self.noise * jnp.finfo(energy.dtype).eps
         return energy + rounding * (energy + self.offset) < self.level
+
+
+def as_array(value: Any) -> Any:
+    """A Python number or a numpy array of them as a jax array, so that one compiled
+    program serves all values; anything else as it is, to be refused by name."""
+    if isinstance(value, np.ndarray):
+        numeric = np.issubdtype(value.dtype, np.number)
+    else:
+        numeric = isinstance(value, (int, float, np.number))
+        numeric = numeric and not isinstance(value, bool)
+    return jnp.asarray(value, jnp.result_type(float)) if numeric else value
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Refuses what is not one finite number > 0; traced values pass.
+
+    **Raises:** `ValueError`.
+    """
+    if isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        return
+    if not isinstance(value, jax.Array) or value.shape != ():
+        raise ValueError(f"{name} must be a number > 0, got {value!r}")
+    if not (float(value) > 0 and math.isfinite(float(value))):
+        raise ValueError(f"{name} must be a finite number > 0, got {float(value)}")

@@ -31,7 +31,7 @@ from ..models.base import EnergyBelow
 from ..models.linear import AbstractLinearNetwork, DeepLinear, LinearMap, SquaredLoss
 from ..spectrum import cutoff, psd_power, svd_signed
 from ..types import Scalar
-from .base import AbstractTheory, Match
+from .base import AbstractTheory, learned_modes, Match
 from .second_order import escape_time, examine
 
 
@@ -254,12 +254,7 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
         values = self.singular_values
         aligned = jnp.sum(self.left * (self._whitened(point) @ self.right.T), axis=0)
         share = jnp.where(values > 0, aligned / jnp.where(values > 0, values, 1), 0)
-        squares = values**2
-        close = jnp.abs(squares[:, None] - squares[None, :]) <= TIE * squares[0]
-        tied = close.astype(share.dtype)
-        learned = jnp.round(tied @ share)
-        place = jnp.sum(jnp.tril(tied, -1), axis=1)
-        return (place < learned) & (values > 0)
+        return learned_modes(share, values**2, TIE * values[0] ** 2)
 
     def match(self, point: AbstractLinearNetwork) -> Match:
         """How `point` compares with the critical points of $L^N$."""

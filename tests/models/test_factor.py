@@ -49,8 +49,10 @@ def test_energy_and_differential_are_those_of_the_definition(getkey, model):
         covariance = covariance_of(getkey(), _size(model), samples)
         energy, point = energy_of(model, covariance), point_of(model, getkey())
         value, slope = jax.jit(jax.value_and_grad(naive))(point, covariance)
-        np.testing.assert_allclose(energy(point), value, rtol=1e-13)
-        found = energy.differential(point)
+        own, found = eqx.filter_jit(lambda e, p: (e(p), e.differential(p)))(
+            energy, point
+        )
+        np.testing.assert_allclose(own, value, rtol=1e-13)
         if energy.pattern is not None:
             free = jnp.asarray(energy.pattern)
             slope = eqx.tree_at(
@@ -138,7 +140,7 @@ def test_small_noise_costs_no_digits(getkey):
 
 def test_density_posterior_and_samples(getkey):
     """By brute force, from the joint covariance of x and z."""
-    for model in MODELS:
+    for model in ("fa", "pcca"):
         point = point_of(model, getkey())
         rows, latents = point.loadings.shape
         x = jr.normal(getkey(), (5, rows))

@@ -46,10 +46,7 @@ CLAIM = (
     "analysis, or differ by the kind of point they end at; near it each converges at "
     "the rate that its linearization gives."
 )
-SOURCE = (
-    "Dempster, Laird, Rubin 1977; Tipping, Bishop 1999; Bach, Jordan 2005; Varadhan, "
-    "Roland 2008"
-)
+SOURCE = "Dempster 1977, Tipping 1999, Bach 2005, Varadhan 2008 (with coauthors)"
 COST = "about a minute on one core for the default settings, mostly compilation"
 METHODS = ("flow", "em", "expanded", "squarem", "alternating")
 SCHEMES: dict[str, Any] = {

@@ -305,9 +305,16 @@ def _check_toml(file: Path) -> None:
     if not file.is_file():
         raise ValueError(f"--config {file}: there is no such file")
     try:
-        tomllib.loads(file.read_text(encoding="utf-8"))
+        settings = tomllib.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--config {file} is not valid TOML: {error}") from None
+    # cyclopts takes a table of a command's name to be for that command.
+    tables = [name for name, value in settings.items() if isinstance(value, dict)]
+    if tables:
+        raise ValueError(
+            f"--config {file} has the table [{tables[0]}]: write settings without one, "
+            "such as draws = 100"
+        )
 
 
 class _Beside:

@@ -598,6 +598,7 @@ RUN = {
 LATE = {"--device tpu", "--dimension 713", "--dimension 785"}
 
 TOML = {
+    "[run]\ndraws = 8": "has the table [run]: write settings without one",
     "draws = ": "is not valid TOML",
     "draws = 5\ndraws = 6": "is not valid TOML",
     "drawz = 3": "drawz",

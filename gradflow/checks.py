@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from .environment import converted, precision
 from .manifolds.base import AbstractManifold
 from .models.base import AbstractEnergy
+from .precision import converted, precision
 from .solution import Solution
 from .types import Key
 

@@ -11,8 +11,8 @@ import jax.random as jr
 import numpy as np
 
 from .ensemble import descend
-from .environment import converted
 from .iterate import Iterator
+from .precision import converted
 from .solve import Integrator
 from .store.arrays import fingerprint
 from .types import Key

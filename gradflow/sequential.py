@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from .environment import environment, find_devices, precision, versions
+from .environment import environment, versions
+from .precision import find_devices, precision
 from .runner import Runner
 from .statistics import counted, Fraction
 from .store.arrays import arrays_of, outcome_from

@@ -10,13 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from .environment import (
-    environment,
-    find_device as find_device,
-    find_devices,
-    precision as precision,
-    versions,
-)
+from .environment import environment, versions
+from .precision import find_device as find_device, find_devices, precision as precision
 from .runner import Runner
 from .solution import Solution
 from .store.arrays import arrays_of, is_member, outcome_from

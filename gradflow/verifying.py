@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from .environment import environment, find_devices, precision
+from .environment import environment
+from .precision import find_devices, precision
 from .report import Report
 from .runner import Runner
 from .store.arrays import arrays_of

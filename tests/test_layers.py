@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent / "gradflow"
 # A module imports only from lower numbers; within a level, only `base`.
 LEVELS = {
     "types": 0,
-    "environment": 1,
+    "environment": 0,
+    "precision": 1,
     "statistics": 1,
     "store": 5,
     "moments": 1,

@@ -27,8 +27,8 @@ from gradflow import (
     Study,
 )
 from gradflow.datasets import gaussian
-from gradflow.environment import precision
 from gradflow.models import SquaredLoss
+from gradflow.precision import precision
 from gradflow.statistics import clopper_pearson
 from gradflow.theory import LinearTheory
 

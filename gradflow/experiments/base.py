@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from cyclopts import Parameter
 
-from ..environment import DTYPES
+from ..precision import DTYPES
 from ..solve import checked_tolerances
 
 

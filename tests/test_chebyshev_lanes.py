@@ -115,6 +115,7 @@ def test_steps_are_as_many_as_those_of_the_solver(widths, layout):
     assert np.mean(ours.stats["velocities"]) > 4 * np.mean(ours.stats["steps"])
 
 
+@pytest.mark.slow
 def test_company_changes_no_bit():
     widths = KINDS[0][0]
     energy, start = loss(widths), GaussianInit(widths, 0.2)

@@ -172,6 +172,7 @@ def test_a_lane_that_is_not_finite_harms_no_other(integrator):
     assert steps["all"] < 1.5 * allowed["all"]
 
 
+@pytest.mark.slow
 def test_relay_in_lanes(energy, theory):
     """What runs out of steps goes on by the next method, from its place and time."""
     flow = GradientFlow(energy)

@@ -149,6 +149,7 @@ def certified(problem, draws):
     assert (names_of(KIND, outcome.finding.kind) == "global_minimum").all()
 
 
+@pytest.mark.slow
 def test_random_starts_end_at_the_minimum(rng):
     certified(cvae(rng, 2, 2, 2, "full"), draws=20)
 

@@ -250,6 +250,7 @@ def run(problem, draws):
     )
 
 
+@pytest.mark.slow
 def test_random_starts_end_at_the_minimum(rng):
     problem = hvae(rng, 2, (2, 2), ("isotropic", "full"), betas=(1.0, 0.8))
     outcome = run(problem, draws=10)

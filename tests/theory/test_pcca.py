@@ -114,6 +114,7 @@ def test_em_reaches_the_closed_form():
     assert np.max(ends.stats["increase"]) < 1e-11
 
 
+@pytest.mark.slow
 def test_closeness_is_not_criticality(rng):
     theory = _theory(rng)
     flow = GradientFlow(theory.energy)

@@ -167,3 +167,13 @@ def test_wrong_ensembles_fail(module):
     assert text == "gradflow, verdicts on w: 2 of 3 lanes certified"
     accurate = {**row, "what": "gradflow, gradient"}
     assert bench.failures([{**accurate, "error of W": 1e-3}])
+
+
+@pytest.mark.slow  # continuous integration runs it
+def test_compile_smoke(tmp_path):
+    document, table, printed = smoke("compile", tmp_path)
+    cold, kept, fast = document["rows"]
+    assert all(row["certified"] == row["draws"] == 4 for row in (cold, kept, fast))
+    # What an earlier process kept is not compiled again.
+    assert kept["compile s"] < 0.5 * cold["compile s"]
+    assert table in printed

@@ -5,6 +5,8 @@ network, and how it falls with devices and processes.
   taken by then; diffrax vmapped over all of them, with the same certificate as its
   event, as far as `--vmapped`.
 - **width**, **depth**: one network after the other, against the same.
+- **queue**: the share of lane steps in which a lane waits for others, against the
+  draws that each lane takes one after the other.
 - **devices**: the same draws on one and on two devices of this machine. A CPU is split
   into two, each held to one thread.
 - **processes**: by one process, and by two in a `jax.distributed` job that take half of
@@ -42,7 +44,7 @@ TITLE = "The cost of a verdict against draws, width, depth, devices and processe
 OURS = "gradflow, verdicts"
 VMAPPED = "diffrax, our velocity, certificate"
 B = Workload("B", (5, 2, 5), 0, 256)
-PARTS = ("draws", "width", "depth", "devices", "processes")
+PARTS = ("draws", "width", "depth", "queue", "devices", "processes")
 # Each device has one thread, so that two have twice the cores of one.
 SPLIT = "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
 
@@ -58,9 +60,10 @@ class Sizes:
     lanes: int = 1024
     few: int = 128
     shared: int = 65_536
+    queues: tuple[int, ...] = (16, 32, 64, 128)
 
 
-SMOKE = Sizes((20, 40), 20, (5, 6), (2, 3), 16, 8, 64)
+SMOKE = Sizes((20, 40), 20, (5, 6), (2, 3), 16, 8, 64, (2,))
 
 
 def verdicts(problem: bench_ensemble.Problem) -> gf.Integrator:
@@ -111,6 +114,7 @@ def row(part, value, what, draws, certified, seconds: timing.Timing, **more):
         "certified": certified,
         "speed over baseline": None,
         "memory MB": None,
+        "idle": None,
         **more,
         "samples s": seconds.samples,
     }
@@ -177,6 +181,32 @@ def _compared(rows):
         base = cost.get((r["value"], VMAPPED))
         if base is not None:
             r["speed over baseline"] = base / r["us per draw"]
+    return rows
+
+
+def bench_queue(sizes: Sizes, repeats: int) -> list[dict[str, Any]]:
+    """Verdicts of two workloads, with Tsit5 and with method "auto"."""
+    rows = []
+    for workload in (w for w in bench_ensemble.FULL if w.name in "BE"):
+        problem = bench_ensemble.draw(workload)
+        candidates = {
+            (method, queue): bench_ensemble.by_gradflow(
+                problem, queue * workload.resident, method=solver,
+                rtol=bench_ensemble.VERDICT_RTOL, tolerance=1e-1,
+                stop=problem.theory.certificate,
+            )
+            for method, solver in (("Tsit5", diffrax.Tsit5()), ("auto", "auto"))
+            for queue in sizes.queues
+        }  # fmt: skip
+        timings = timing.interleave(candidates, repeats=repeats)
+        for (method, queue), found in timings.items():
+            ends = bench_ensemble.gradflow_ends(problem, found.result)
+            what = f"{workload.name}, {method}, verdicts"
+            draws = queue * workload.resident
+            certified = int(ends.certified.sum())
+            rows.append(
+                row("queue", queue, what, draws, certified, found, idle=ends.idle)
+            )
     return rows
 
 
@@ -273,7 +303,7 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
     return [
         f"{r['part']}={r['value']}: {r['certified']} of {r['draws']} draws certified"
         for r in rows
-        if r["what"] == OURS and r["certified"] < r["draws"]
+        if r["what"] != VMAPPED and r["certified"] < r["draws"]
     ]
 
 
@@ -287,6 +317,8 @@ def bench(part: str, sizes: Sizes, repeats: int, smoke: bool) -> list[dict[str, 
     if part == "depth":
         networks = {n: section7_widths(10, n, 2) for n in sizes.depths}
         return bench_networks(part, networks, sizes, repeats)
+    if part == "queue":
+        return bench_queue(sizes, repeats)
     if part == "devices":
         return in_split_devices(sizes, repeats, smoke)
     return in_processes(repeats, smoke)

@@ -69,17 +69,20 @@ def curves(rows: list[dict[str, Any]], path: Path) -> None:
         for what in dict.fromkeys(row["what"] for row in inside):
             line = [row for row in inside if row["what"] == what]
             values = [row["value"] for row in line]
+            # A queue is ours whatever the method: its lines differ by workload.
             color = OURS if "gradflow" in what else OTHERS
+            color = None if part == "queue" else color
             costs = [row["us per draw"] for row in line]
             ax.plot(values, costs, "o-", color=color, label=what, markersize=4)
         ax.set_xlabel(part)
         ax.set_yscale("log")
-        if part in ("draws", "width"):
+        if part in ("draws", "width", "queue"):
             ax.set_xscale("log")
         else:
             ax.set_xticks(sorted({row["value"] for row in inside}))
         ax.spines[["top", "right"]].set_visible(False)
+        if part == "queue" or ax is axes[0, 0]:
+            ax.legend(fontsize=8, frameon=False)
     axes[0, 0].set_ylabel("microseconds per draw")
-    axes[0, 0].legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -142,11 +142,11 @@ def test_ensemble_smoke(tmp_path):
 def test_scaling_at_small_sizes(tmp_path):
     document, table, printed = smoke("scaling", tmp_path)
     rows = document["rows"]
-    parts = ("draws", "width", "depth", "devices", "processes")
+    parts = ("draws", "width", "depth", "queue", "devices", "processes")
     assert tuple(dict.fromkeys(row["part"] for row in rows)) == parts
     for row in rows:
         assert row["us per draw"] > 0 and row["certified"] == row["draws"]
-    assert {row["value"] for row in rows if row["part"] in parts[3:]} == {1, 2}
+    assert {row["value"] for row in rows if row["part"] in parts[4:]} == {1, 2}
     assert table in printed
 
 

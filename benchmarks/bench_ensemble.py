@@ -69,7 +69,8 @@ class Workload:
 FULL = (
     Workload("A", (20, 2, 11, 20), 1024, 64, few=48),
     Workload("B", (5, 2, 5), 4096, 128),
-    Workload("C", (200, 20, 65, 110, 155, 200), 16, 16, few=2),
+    # Caches hold no more than two of these networks.
+    Workload("C", (200, 20, 65, 110, 155, 200), 16, 2, few=2),
     Workload("D2", (20, 5, 20), 256, 64, few=4, condition=1e4, gradient=1e-6),
     Workload("E", (10, 2, 6, 10), 1024, 64, scale=0.02),
 )

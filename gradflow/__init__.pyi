@@ -68,6 +68,7 @@ from .study import (
     run_studies as run_studies,
     run_study as run_study,
     Study as Study,
+    without_points as without_points,
 )
 from .types import names_of as names_of
 from .verifying import verify_studies as verify_studies

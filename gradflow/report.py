@@ -160,5 +160,7 @@ def _damaged(path: Path, what: str) -> ValueError:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        shown = f"{value:.4g}"
+        # A share that is not 1 must not look like it: 1 - 3.7e-6.
+        return f"1 - {1 - value:.2g}" if shown == "1" and value < 1 else shown
     return str(value)

@@ -18,6 +18,10 @@ from .store.arrays import fingerprint
 from .types import Key
 
 
+# What of some draws' solution and finding is held in memory.
+Keep = Callable[[Any, Any], tuple[Any, Any]]
+
+
 class Runner:
     """One study in one arithmetic on some devices of this process.
 
@@ -39,12 +43,17 @@ class Runner:
         self._compiled: set[str] = set()
 
     def draws(
-        self, rows: range, whole: int, done: Callable[[Any], None]
+        self,
+        rows: range,
+        whole: int,
+        done: Callable[[Any], None],
+        keep: "Keep | None" = None,
     ) -> tuple[Any, Any]:
         """The solutions and the findings of draws `rows`, with leading axes.
 
         `whole`: the number of draws whose shapes are compiled, so that equal programs
-        run all parts of a study. `done` is called with findings as they come.
+        run all parts of a study. `done` is called with findings as they come, and of
+        each part only what `keep` returns is held.
         """
         parts = []
         for solution in self._descended(rows, whole):
@@ -52,8 +61,9 @@ class Runner:
                 solution = converted(solution, "float64")
             inspect = partial(_inspect, self.inspected.inspect)
             finding = self._in_batches("inspect", inspect, solution, whole)
-            parts.append((solution, finding))
             done(finding)
+            part = solution, finding
+            parts.append(part if keep is None else keep(*part))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
     def fields(self) -> dict[str, Any]:

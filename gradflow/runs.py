@@ -15,6 +15,11 @@ from .compiling import keep_compiled
 from .experiments import NAMES, STUDIES
 
 
+# Draws of a file per lane: with fewer more lanes idle while the last ones end, more of
+# them are lost when a run is killed.
+REFILLS = 32
+
+
 def experiment(name: str) -> Any:
     if "jax" not in sys.modules:
         for variable, value in keep_compiled().items():
@@ -57,6 +62,7 @@ def kept(
 
     check(out, name, config)
     settings = dataclasses.asdict(config)
+    chunk = chunk or _chunk(out, config.batch)
     with Store(out, settings, experiment=name, chunk=chunk) as store:
         progress = False if quiet else None
         try:
@@ -76,16 +82,15 @@ def shard(
     quiet: bool,
 ) -> int:
     """Computes one part of an experiment's draws, in a folder of its own."""
-    from .store.folder import CHUNK, Store
+    from .store.folder import Store
     from .study import fill_studies
 
     number, count = part
     folder = shard_folder(out, number, count)
     check(folder, name, config)
     settings = dataclasses.asdict(config)
-    if chunk is None and not (folder / "draws").exists():
-        # So that each part has some.
-        chunk = min(CHUNK, math.ceil(config.draws / count))
+    # So that each part has some.
+    chunk = chunk or _chunk(folder, config.batch, math.ceil(config.draws / count))
     with Store(folder, settings, experiment=name, chunk=chunk, shard=part) as store:
         try:
             fill_studies(
@@ -136,6 +141,15 @@ def distributed(
             f"together and run gradflow merge {out}/shard-*-of-{count} --out DIR"
         )
     return merge(folders, out, quiet=quiet, strict=strict)
+
+
+def _chunk(folder: Path, batch: int, most: int = sys.maxsize) -> int | None:
+    """How many draws a file has in a new folder. One that was begun keeps its own."""
+    from .store.folder import CHUNK
+
+    if (folder / "draws").exists():
+        return None
+    return min(max(CHUNK, REFILLS * batch), most)
 
 
 def shard_folder(out: Path, number: int, count: int) -> Path:

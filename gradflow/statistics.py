@@ -41,16 +41,20 @@ class Fraction(eqx.Module):
         return self.count / self.draws
 
     def __str__(self) -> str:
+        places = self._places()
+        interval = lambda low, high: f"[{low:.{places}f}, {high:.{places}f}]"
         text = (
             f"{self.count} of {self.draws}, 95 % interval "
-            f"[{self.low:.4f}, {self.high:.4f}]"
+            f"{interval(self.low, self.high)}"
         )
         if self.undecided:
-            text += (
-                f", [{self.outer_low:.4f}, {self.outer_high:.4f}] with "
-                f"{self.undecided} undecided"
-            )
+            outer = interval(self.outer_low, self.outer_high)
+            text += f", {outer} with {self.undecided} undecided"
         return text
+
+    def _places(self) -> int:
+        """Digits of limits: of many draws they come so near 1 that four say 1."""
+        return max(4, len(str(self.draws)))
 
     def in_words(self, what: str) -> str:
         """A sentence on how likely `what` is; where none (or all) of the draws were, a
@@ -63,9 +67,10 @@ class Fraction(eqx.Module):
                 limit = zero_limit(self.draws)
                 limit = limit if most == 0 else 1 - limit
             none, side = ("none", "<=") if most == 0 else ("each", ">=")
+            digits = 4 if most == 0 else self._places()
             return (
                 f"{none} of {self.draws} draws: {what} has probability {side} "
-                f"{limit:.4g} with 95 % confidence"
+                f"{limit:.{digits}g} with 95 % confidence"
             )
         text = (
             f"{self.count} of {self.draws} draws: {what} has probability "

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .environment import environment, versions
 from .precision import find_device as find_device, find_devices, precision as precision
-from .runner import Runner
+from .runner import Keep, Runner
 from .solution import Solution
 from .store.arrays import arrays_of, is_member, outcome_from
 from .store.cell import Cell
@@ -70,6 +70,14 @@ class Outcome(eqx.Module, Generic[P, F]):
     seconds: dict[str, float]
 
 
+def without_points(solution: Solution, finding: Any) -> tuple[Solution, Any]:
+    """All but the end points and what was observed: a study's memory then hardly grows
+    with the size of its points."""
+    bare = (None, None, None)
+    leave = lambda s: (s.point, s.times, s.history)
+    return eqx.tree_at(leave, solution, bare, is_leaf=lambda x: x is None), finding
+
+
 def run_study(
     study: Study[P, F],
     key: Key,
@@ -78,6 +86,7 @@ def run_study(
     device: str | None = None,
     progress: bool | None = None,
     store: Store | None = None,
+    keep: Keep | None = None,
 ) -> Outcome[P, F]:
     """Runs every draw. Draw i depends on `study`, `key` and i only.
 
@@ -92,6 +101,8 @@ def run_study(
     - `device`: cpu, gpu or tpu.
     - `progress`: a bar of draws done on stderr; by default when that is a terminal.
     - `store`: keeps draws on disk as they are done; those it has are read.
+    - `keep`: which parts of the solution and the finding of some draws are held in
+      memory, such as `gf.without_points`; a store has all of them.
 
     **Raises:** `ValueError` for a key that is none, an unknown dtype, a device that
     is not there, or a store of another study; `RuntimeError` if the store can't be
@@ -104,6 +115,7 @@ def run_study(
         device=device,
         progress=progress,
         store=store,
+        keep=keep,
     )["study"]
 
 
@@ -114,6 +126,7 @@ def run_studies(
     device: str | None = None,
     progress: bool | None = None,
     store: Store | None = None,
+    keep: Keep | None = None,
 ) -> dict[str, Outcome]:
     """Runs several studies, each with its key, as `run_study` does one.
 
@@ -137,12 +150,12 @@ def run_studies(
                 bar.studying(name if len(studies) > 1 else "")
                 if store is None:
                     rows = range(study.draws)
-                    solution, finding = runner.draws(rows, study.draws, bar.done)
+                    solution, finding = runner.draws(rows, study.draws, bar.done, keep)
                     seconds = runner.seconds
                 else:
                     cell = store.cells[slug_of(name)]
                     like, seconds = likes.get(name) or (None, runner.seconds)
-                    solution, finding = _read(cell, like or runner.like())
+                    solution, finding = _read(cell, like or runner.like(), keep)
                 outcomes[name] = Outcome(solution, finding, seconds)
     return outcomes
 
@@ -198,20 +211,21 @@ def check_complete(store: Store) -> None:
         )
 
 
-def _read(cell: Cell, like: Any) -> tuple[Any, Any]:
-    """All draws of a cell."""
-    whole: dict[str, np.ndarray] = {}
+def _read(cell: Cell, like: Any, keep: Keep | None) -> tuple[Any, Any]:
+    """All draws of a cell, a chunk in memory at a time but for what is kept."""
+    whole: list[np.ndarray] = []
+    structure = None
     for index in range(cell.chunks):
         arrays, _ = cell.read(index)
+        part = outcome_from(like, arrays)
+        leaves, structure = jax.tree.flatten(part if keep is None else keep(*part))
+        if not whole:
+            whole = [np.empty((cell.draws, *x.shape[1:]), x.dtype) for x in leaves]
         rows = cell.rows(index)
-        for name, array in arrays.items():
-            if name not in whole:
-                # Names of enumerations are as long as the longest of their chunk.
-                text = array.dtype.kind in "SU"
-                kind = object if text else array.dtype
-                whole[name] = np.empty((cell.draws, *array.shape[1:]), kind)
-            whole[name][rows.start : rows.stop] = array
-    return outcome_from(like, whole)
+        for array, leaf in zip(whole, leaves, strict=True):
+            array[rows.start : rows.stop] = leaf
+    assert structure is not None  # a study has at least one draw
+    return jax.tree.unflatten(structure, whole)
 
 
 def check_key(key: Any) -> None:

@@ -74,6 +74,7 @@ NAMES = {
     "theory",
     "to_xarray",
     "verify_studies",
+    "without_points",
 }
 
 

@@ -172,3 +172,8 @@ def test_every_truncation_is_seen(tmp_path):
         (tmp_path / "report.json").write_text(text[:length])
         with pytest.raises(ValueError, match="move it away and run the study again"):
             read_report(tmp_path)
+
+
+def test_a_share_below_1_does_not_look_like_it():
+    row = {"low": 1 - 3.7e-6, "high": 1.0, "small": 3.7e-6}
+    assert "| 1 - 3.7e-06 | 1 " in _report(rows=[row]).table()

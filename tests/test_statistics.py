@@ -380,3 +380,9 @@ def test_strata():
     assert list(strata(["b", "a"], [True, False])) == ["a", "b"]
     with pytest.raises(ValueError, match="labels has 1 entries for 2 draws"):
         strata([1], [True, False])
+
+
+def test_limits_that_are_not_1_do_not_look_like_it():
+    share = fraction(np.ones(1_000_000, bool))
+    assert str(share).endswith("95 % interval [0.9999963, 1.0000000]")
+    assert ">= 0.999997 with" in share.in_words("a minimum")

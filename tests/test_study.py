@@ -1,7 +1,7 @@
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -24,7 +24,9 @@ from gradflow import (
     RULE,
     run_study,
     Solution,
+    Store,
     Study,
+    without_points,
 )
 from gradflow.datasets import gaussian
 from gradflow.models import SquaredLoss
@@ -411,3 +413,23 @@ def test_fraction_of_any_array_of_truths():
     assert str(fraction(jnp.array([True, False, True]))) == str(expected)
     assert str(fraction([True, False, True])) == str(expected)
     assert "undecided" not in str(expected)
+
+
+# ---- what is held in memory
+
+
+def test_points_need_not_be_held(tmp_path):
+    study = _network_study(40, 8, verdict=False)
+    whole = run_study(study, jr.key(0))
+    with Store(tmp_path, chunk=16) as store:
+        kept = run_study(study, jr.key(0), store=store, keep=without_points)
+    bare = run_study(study, jr.key(0), keep=without_points)
+    for outcome in (kept, bare):
+        assert outcome.solution.point is None
+        assert np.array_equal(cast(Any, outcome.finding), cast(Any, whole.finding))
+        assert outcome.solution.time.shape == (40,)
+    # The folder has them all the same.
+    with Store(tmp_path, chunk=16) as store:
+        again = run_study(study, jr.key(0), store=store)
+    assert np.array_equal(again.solution.time, kept.solution.time)
+    assert again.solution.point.weights[0].shape == (40, 1, 3)

@@ -27,7 +27,14 @@ from ..moments import Moments
 from ..report import environment, Report, VERDICTS
 from ..solve import integrate, Integrator, TOLERANCE_RATIO
 from ..store.folder import Store
-from ..study import find_device, Outcome, precision, run_studies, Study
+from ..study import (
+    find_device,
+    Outcome,
+    precision,
+    run_studies,
+    Study,
+    without_points,
+)
 from ..theory.linear import LinearTheory, TIE
 from ..types import Key, names_of
 from . import verdicts
@@ -114,6 +121,7 @@ def run(
             device=config.device,
             progress=progress,
             store=store,
+            keep=without_points,
         )
         rows, notes, panels = [], [], []
         seconds = verdicts.seconds_of(outcomes.values())

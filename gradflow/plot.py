@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from .phase_plot import activation, phases
 from .report import Report
 
 
@@ -305,6 +306,33 @@ def em_versus_flow(report: Report) -> Any:
     return figure
 
 
+def posterior_collapse(report: Report) -> Any:
+    """The figure of the `posterior_collapse` experiment: what runs found in each cell
+    in color, theory's boundaries as lines; and the divergence of each latent against
+    time, with the values and the times that theory has."""
+    import matplotlib.pyplot as plt
+
+    panels, dynamics = report.figure["panels"], report.figure["dynamics"]
+    count = len(panels) + bool(dynamics)
+    columns = min(4, count)
+    bands = -(-count // columns)
+    with plt.style.context(STYLE):
+        figure, grid = plt.subplots(
+            bands,
+            columns,
+            figsize=(max(2.6 * columns, 4.6), 2.6 * bands),
+            layout="constrained",
+            squeeze=False,
+        )
+        for axes in grid.flat[count:]:
+            axes.set_axis_off()
+        for panel, axes in zip(panels, grid.flat, strict=False):
+            phases(panel, axes)
+        if dynamics:
+            activation(dynamics, grid.flat[count - 1], RUNS)
+    return figure
+
+
 def _numbers(values: Any) -> np.ndarray:
     """An array of what may come from memory or from JSON, where NaN is null."""
     return np.array([np.nan if v is None else v for v in values], dtype=float)
@@ -318,6 +346,7 @@ FIGURES = {
     "equivalence": equivalence,
     "escape": escape,
     "em_versus_flow": em_versus_flow,
+    "posterior_collapse": posterior_collapse,
 }
 
 

@@ -43,6 +43,7 @@ LEVELS = {
     "report": 11,
     "verifying": 12,
     "sequential": 12,
+    "phase_plot": 0,
     "plot": 12,
     "experiments": 12,
     "compiling": 0,

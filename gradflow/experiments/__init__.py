@@ -12,6 +12,7 @@ NAMES = (
     "equivalence",
     "escape",
     "em_versus_flow",
+    "posterior_collapse",
 )
 STUDIES = ("convergence", "saddle_avoidance")
 SIZES = {
@@ -31,6 +32,10 @@ SIZES = {
     "em_versus_flow": {
         "quick": {"models": ["ppca"], "draws": 20},
         "full": {"draws": 2000},
+    },
+    "posterior_collapse": {
+        "quick": {"grids": ["vae"], "points": 6, "latents": [2], "draws": 2},
+        "full": {"points": 24, "draws": 16, "starts": 256},
     },
     "escape": {"quick": {"draws": 2}, "full": {"draws": 64}},
 }

@@ -33,7 +33,8 @@ def test_active_latents_against_beta(tmp_path):
     found = check(report, "vae")
     assert found["draws"] == 10 and found["case a"] > 0 and found["case c"] > 0
     assert "active means more than 0.001 nats" in report.notes[0]
-    assert all(path.stat().st_size > 10_000 for path in plot.save(report, tmp_path))
+    # One panel with a few cells.
+    assert all(path.stat().st_size > 5_000 for path in plot.save(report, tmp_path))
 
 
 @pytest.mark.slow

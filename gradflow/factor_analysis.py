@@ -173,6 +173,25 @@ class FactorAnalysis:
             setattr(self, name, value)
         return self
 
+    def __repr__(self) -> str:
+        usual = FactorAnalysis()
+        changed = (
+            f"{name}={value!r}"
+            for name, value in self.get_params().items()
+            if np.any(value != getattr(usual, name))
+        )
+        return f"FactorAnalysis({', '.join(changed)})"
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "point_")
+
+    def __sklearn_tags__(self) -> Any:
+        """For scikit-learn's pipelines and searches, which alone call it: a transformer
+        without a target. A base class of its own would make it a dependency."""
+        from sklearn.utils import Tags, TargetTags, TransformerTags
+
+        return Tags(None, TargetTags(required=False), TransformerTags())
+
     def _checked(self) -> int:
         for name, allowed in (("noise", NOISES), ("rotation", ROTATIONS)):
             value = getattr(self, name)

@@ -177,3 +177,20 @@ def test_compile_smoke(tmp_path):
     # What an earlier process kept is not compiled again.
     assert kept["compile s"] < 0.5 * cold["compile s"]
     assert table in printed
+
+
+@pytest.mark.slow  # continuous integration runs it
+def test_em_smoke(tmp_path):
+    pytest.importorskip("sklearn")
+    document, table, printed = smoke("em", tmp_path)
+    rows = document["rows"]
+    assert {row["part"] for row in rows} == {"one fit", "many starts"}
+    assert all(row["ms per fit"] > 0 for row in rows) and table in printed
+
+
+def test_fits_that_fall_short_fail(module):
+    bench = module("bench_em")
+    row = {"part": "p", "what": "gradflow", "starts": 10, "shortfall": 0.5}
+    assert not bench.failures([{**row, "at the best": 9}])
+    (text,) = bench.failures([{**row, "at the best": 8}])
+    assert text == "gradflow, p: 8 of 10 at the best log-likelihood, 0.5 short"

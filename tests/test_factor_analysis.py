@@ -178,3 +178,20 @@ def test_refuses(data):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         FactorAnalysis(2).fit(data)
+
+
+def test_in_scikit_learns_pipelines_and_searches(data):
+    base = pytest.importorskip("sklearn.base")
+    from sklearn.model_selection import cross_val_score, GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = FactorAnalysis(2, rotation="varimax")
+    assert (
+        repr(base.clone(model)) == "FactorAnalysis(n_components=2, rotation='varimax')"
+    )
+    steps = make_pipeline(StandardScaler(), model)
+    assert steps.fit(data).transform(data).shape == (len(data), 2)
+    assert np.isfinite(cross_val_score(steps, data, cv=2)).all()
+    search = GridSearchCV(steps, {"factoranalysis__n_components": [1, 2]}, cv=2)
+    assert search.fit(data).best_params_["factoranalysis__n_components"] in (1, 2)

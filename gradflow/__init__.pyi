@@ -70,5 +70,9 @@ from .study import (
     Study as Study,
     without_points as without_points,
 )
+from .study_checks import (
+    check_inspection as check_inspection,
+    check_study as check_study,
+)
 from .types import names_of as names_of
 from .verifying import verify_studies as verify_studies

@@ -64,7 +64,7 @@ class Certificate(eqx.Module):
         return "\n".join(f"{self.of}: {check}" for check in self.checks)
 
 
-class _Checking:
+class Checking:
     """Collects checks; what raises is a check that fails."""
 
     def __init__(self, of: Any):
@@ -83,6 +83,10 @@ class _Checking:
         self._checks.append(Check(identity, error, limit, advice))
         return self._checks[-1].holds
 
+    def keep(self, check: Check) -> None:
+        """Adds a check that was made elsewhere."""
+        self._checks.append(check)
+
     def certificate(self) -> Certificate:
         return Certificate(self._name, tuple(self._checks))
 
@@ -94,7 +98,7 @@ def check_energy(energy: AbstractEnergy, point: Any, key: Key) -> Certificate:
         energy, point = converted(energy, "float64"), converted(point, "float64")
         flat, restore = jax.flatten_util.ravel_pytree(point)
         value = lambda at: energy(restore(at))
-        checking = _Checking(energy)
+        checking = Checking(energy)
 
         def finite():
             found = np.asarray(value(flat))
@@ -135,7 +139,7 @@ def check_manifold(
         point = converted(point, "float64")
         ravel = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
         size = 1 + float(jnp.linalg.norm(ravel(point)))
-        checking = _Checking(manifold)
+        checking = Checking(manifold)
         checking.add(
             "the point is on the manifold",
             lambda: manifold.defect(point) / size,
@@ -208,7 +212,7 @@ def check_initializer(initialize: Callable[[Key], Any], key: Key) -> Certificate
         initialize = converted(initialize, "float64")
         keys = [jr.fold_in(key, draw) for draw in range(3)]
         one = lambda key: _finite_leaves(initialize(key))
-        checking = _Checking(initialize)
+        checking = Checking(initialize)
         if not checking.add(
             "a point is finite floating arrays",
             lambda: one(keys[0]) and 0.0,
@@ -251,7 +255,7 @@ def check_descent(
         energy = converted(energy, "float64")
         points = jax.vmap(lambda i: initialize(jr.fold_in(key, i)))(jnp.arange(3))
         first = jax.tree.map(lambda leaf: leaf[0], points)
-        checking = _Checking(descend)
+        checking = Checking(descend)
         found: list[Solution] = []
 
         def returns():

@@ -45,11 +45,12 @@ LEVELS = {
     "sequential": 12,
     "phase_plot": 0,
     "plot": 12,
-    "experiments": 12,
+    "study_checks": 12,
+    "experiments": 13,
     "compiling": 0,
     "distributed": 0,
-    "runs": 13,
-    "cli": 14,
+    "runs": 14,
+    "cli": 15,
 }
 # Imports within a level that are wanted: data come as moments, moments use spectra;
 # theory's families share one second-order criterion; an experiment uses several; the

@@ -169,7 +169,7 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def figures(report: Report) -> Any:
-    """A figure of the source: runs in color, theory as thin black lines over them."""
+    """Panels side by side: runs in color, theory as thin black lines over them."""
     import matplotlib.pyplot as plt
 
     panels = report.figure["panels"]
@@ -347,6 +347,7 @@ FIGURES = {
     "escape": escape,
     "em_versus_flow": em_versus_flow,
     "posterior_collapse": posterior_collapse,
+    "flow_versus_training": figures,
 }
 
 

@@ -13,6 +13,7 @@ NAMES = (
     "escape",
     "em_versus_flow",
     "posterior_collapse",
+    "flow_versus_training",
 )
 STUDIES = ("convergence", "saddle_avoidance")
 SIZES = {
@@ -36,6 +37,10 @@ SIZES = {
     "posterior_collapse": {
         "quick": {"grids": ["vae"], "points": 6, "latents": [2], "draws": 2},
         "full": {"points": 24, "draws": 16, "starts": 256},
+    },
+    "flow_versus_training": {
+        "quick": {"draws": 8, "halvings": 3, "horizon": 4.0},
+        "full": {"draws": 256, "halvings": 8},
     },
     "escape": {"quick": {"draws": 2}, "full": {"draws": 64}},
 }

@@ -178,6 +178,10 @@ def test_studies_cover(p, studies):
         assert share.draws == outcome.finding.size and share.sequential
         assert share.outer_high - share.outer_low <= 0.1 or share.draws == 512
         ended += share.low <= p <= share.high
+    print(
+        f"p = {p:g}: {fixed} of {studies} studies of fixed size cover it, {ended} of "
+        f"{studies} sequential ones"
+    )
     assert min(fixed, ended) >= _least(studies)
 
 
@@ -200,12 +204,14 @@ def test_a_chance_of_one_half_is_covered():
     assert set(kinds) == {"global_minimum", "strict_saddle"}
     flags = (kinds == "global_minimum").reshape(studies, size)
     fixed = [fraction(row) for row in flags]
-    assert sum(share.low <= 0.5 <= share.high for share in fixed) >= _least(studies)
+    covered = sum(share.low <= 0.5 <= share.high for share in fixed)
+    assert covered >= _least(studies)
     ended = 0
     for row in flags:
         looks = (fraction(row[:n], sequential=True) for n in range(10, size + 1, 10))
         share = next(share for share in looks if Narrower(0.4)(share))
         ended += share.low <= 0.5 <= share.high
+    print(f"exactly 1/2: {covered} of {studies} studies of fixed size, {ended} others")
     assert ended >= _least(studies)
 
 

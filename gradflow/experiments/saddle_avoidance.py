@@ -38,7 +38,7 @@ from ..report import environment, Report, VERDICTS
 from ..solve import integrate, Integrator
 from ..solvers.stiff import stiff
 from ..store.folder import Store
-from ..study import find_device, Outcome, precision, run_studies, Study
+from ..study import find_device, Outcome, precision, run_studies, Study, without_points
 from ..theory.linear import LinearTheory
 from ..theory.low_rank import LowRankTheory
 from ..types import Key, names_of
@@ -124,6 +124,7 @@ def run(
             device=config.device,
             progress=progress,
             store=store,
+            keep=without_points,
         )
         for report in job.reports:
             report()

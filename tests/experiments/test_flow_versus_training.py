@@ -23,6 +23,7 @@ def found(report):
     )
 
 
+@pytest.mark.slow
 def test_orders_and_stability_in_short(tmp_path):
     report = run(
         Config(

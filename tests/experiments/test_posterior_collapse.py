@@ -26,6 +26,7 @@ def check(report, grid):
     return found
 
 
+@pytest.mark.slow
 def test_active_latents_against_beta(tmp_path):
     report = run(
         Config(grids=("vae",), points=5, latents=(2,), draws=2), progress=False

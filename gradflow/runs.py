@@ -263,7 +263,8 @@ def finish(report: Any, out: Path, *, quiet: bool, strict: bool) -> int:
             print(f"runs {made['runs']}")
         names = ["report.json", "report.md", *(path.name for path in figures)]
         print(f"wrote {', '.join(names)} to {out}")
-    undecided = sum(row["undecided"] for row in report.rows)
+    # Not every experiment gives verdicts.
+    undecided = sum(row.get("undecided", 0) for row in report.rows)
     return 3 if strict and undecided else 0
 
 

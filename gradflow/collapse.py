@@ -10,6 +10,7 @@ in coordinates where the decoder's columns are orthogonal, largest first.
 Salakhutdinov, *Importance weighted autoencoders* (2015), section 5 (active units).
 """
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -21,6 +22,7 @@ from .models.hvae import HierarchicalELBO, LinearHVAE
 from .models.linear import LinearMap
 from .models.vae import (
     encoder_covariance,
+    gaussian_kl,
     learned_or_fixed,
     LinearVAE,
     NegativeELBO,
@@ -61,7 +63,9 @@ def kl(
     """
     second = code(energy, point)
     covariance, _ = encoder_covariance(energy, point, len(second))
-    return _kl(jnp.diagonal(covariance), jnp.diagonal(second), energy.prior_std**2)
+    return gaussian_kl(
+        jnp.diagonal(covariance), jnp.diagonal(second), energy.prior_std**2
+    )
 
 
 def kl_hierarchical(
@@ -84,8 +88,8 @@ def kl_hierarchical(
     left = missed @ (first + sigma_1) @ missed.T + decoder_2 @ sigma_2 @ decoder_2.T
     own = jnp.diagonal(sigma_1)
     return (
-        _kl(own, jnp.diagonal(left) - own, energy.decoder_std**2),
-        _kl(jnp.diagonal(sigma_2), jnp.diagonal(second), energy.prior_std**2),
+        gaussian_kl(own, jnp.diagonal(left) - own, energy.decoder_std**2),
+        gaussian_kl(jnp.diagonal(sigma_2), jnp.diagonal(second), energy.prior_std**2),
     )
 
 
@@ -107,7 +111,7 @@ def kl_samples(
     means = codes[0] + codes[1] if conditional else codes[0]
     covariance, _ = encoder_covariance(energy, point, means.shape[1])
     own = jnp.broadcast_to(jnp.diagonal(covariance)[None, :], means.shape)
-    return _kl(own, means**2, energy.prior_std**2)
+    return gaussian_kl(own, means**2, energy.prior_std**2)
 
 
 def is_collapsed(
@@ -120,9 +124,23 @@ def is_collapsed(
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon must be > 0, got {epsilon}")
-    if not 0 <= delta < 1:
-        raise ValueError(f"delta must be at least 0 and below 1, got {delta}")
+    _check_delta(delta)
     return jnp.mean(divergences < epsilon, axis=0) >= 1 - delta
+
+
+def collapse_level(
+    divergences: Float[Array, "samples latent"], delta: float
+) -> Float[Array, " latent"]:
+    r"""For each latent the $\epsilon$ above which it is (epsilon, delta)-collapsed: of
+    n samples' divergences the $\lceil (1 - \delta) n \rceil$-th, smallest first.
+
+    **Raises:** `ValueError` unless 0 <= delta < 1.
+    """
+    _check_delta(delta)
+    count = len(divergences)
+    # Not one more for what 1 - delta was rounded by.
+    place = math.ceil((1 - delta) * count * (1 - 1e-12))
+    return jnp.sort(divergences, axis=0)[max(place, 1) - 1]
 
 
 def active_units(
@@ -205,9 +223,9 @@ def turned(
     return energy, point
 
 
-def _kl(variance, square, prior):
-    ratio = variance / prior
-    return 0.5 * (ratio + square / prior - 1 - jnp.log(ratio))
+def _check_delta(delta: float) -> None:
+    if not 0 <= delta < 1:
+        raise ValueError(f"delta must be at least 0 and below 1, got {delta}")
 
 
 def _singular(matrix):

@@ -161,3 +161,18 @@ def test_conditional_code_counts_both_inputs(rng):
         known.spectra()["encoder"],
         atol=1e-7,
     )
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.05, 0.1, 0.33])
+def test_collapse_level_is_where_collapse_begins(rng, delta):
+    divergences = jnp.asarray(rng.exponential(size=(20, 3)))
+    level = collapse.collapse_level(divergences, delta)
+    for latent in range(3):
+        at = float(level[latent])
+        above, below = (
+            collapse.is_collapsed(divergences, epsilon, delta)[latent]
+            for epsilon in (np.nextafter(at, 9), at)
+        )
+        assert above and not below
+    with pytest.raises(ValueError, match="delta must be at least 0 and below 1, got 1"):
+        collapse.collapse_level(divergences, 1.0)

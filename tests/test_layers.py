@@ -80,6 +80,8 @@ WITHOUT_TWIN = {
     "pcca",
     "latent_modes",
 }
+# No optimum of perceptrons is known in closed form; theory/README.md says so.
+WITHOUT_THEORY = {"nonlinear"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
 
 
@@ -147,7 +149,7 @@ def test_twins():
         - {"__init__", "base"}
     )
     families = names(ROOT / "models")
-    assert families == names(ROOT / "theory") - WITHOUT_TWIN
+    assert families - WITHOUT_THEORY == names(ROOT / "theory") - WITHOUT_TWIN
     assert families <= names(tests / "models", "test_")
     assert names(ROOT / "theory") <= names(tests / "theory", "test_")
 

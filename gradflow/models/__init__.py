@@ -27,6 +27,12 @@ from .linear import (
     TiedAutoencoder as TiedAutoencoder,
 )
 from .low_rank import LowRank as LowRank
+from .nonlinear import (
+    NonlinearCVAE as NonlinearCVAE,
+    NonlinearHVAE as NonlinearHVAE,
+    SampledConditionalELBO as SampledConditionalELBO,
+    SampledHierarchicalELBO as SampledHierarchicalELBO,
+)
 from .vae import (
     AbstractCovariance as AbstractCovariance,
     CholeskyCovariance as CholeskyCovariance,

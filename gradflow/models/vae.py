@@ -251,6 +251,12 @@ def exact_elbo(energy, point, dimension: int, latent: int) -> Scalar:
     return -0.5 * (energy(point) + constant)
 
 
+def gaussian_kl(variance, square, prior):
+    r"""$\mathrm{KL}(N(\mu, s) \| N(0, p))$ from $s$, $\mu^2$ or its mean, and $p$."""
+    ratio = variance / prior
+    return 0.5 * (ratio + square / prior - 1 - jnp.log(ratio))
+
+
 def encoder_covariance(energy, point, latent: int):
     r"""$\Sigma$ and $\log|\Sigma|$, from the point or from the energy."""
     return learned_or_fixed("covariance", point.covariance, energy.covariance, latent)

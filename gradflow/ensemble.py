@@ -113,12 +113,13 @@ def _block(integrator, initialize, key, first, count, size, lanes):
         left = np.flatnonzero(np.asarray(handed_over(ends.result))[:count])
         if left.size == 0:
             break
-        # Few sizes, so that few are compiled: padded by draws that never begin.
+        # Few sizes, so that few are compiled: padded by draws that never begin. A
+        # lane of columns that idles costs next to nothing, so there it is one size.
+        kept = lanes_of(descent, like, layout)
         room = 2 ** int(left.size - 1).bit_length()
-        few = min(lanes, room)
+        few = lanes if kept.axis else min(lanes, room)
         room = few * -(-room // few)
         which = jnp.asarray(np.resize(left, room))
-        kept = lanes_of(descent, like, layout)
         states = _take_over(kept, ends, which, few)
         later, rounds = _pass(kept, states, end, jnp.asarray(left.size), few)
         _account(steps, kept, later, left.size, rounds, few)

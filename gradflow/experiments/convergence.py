@@ -11,6 +11,7 @@ import itertools
 import time
 from typing import Any, Literal
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from ..initial import GaussianInit, OrthogonalInit, section7_widths
 from ..models.linear import SquaredLoss
 from ..moments import Moments
 from ..report import environment, Report, VERDICTS
-from ..solve import integrate, Integrator, TOLERANCE_RATIO
+from ..solve import AUTO, integrate, Integrator, TOLERANCE_RATIO
 from ..store.folder import Store
 from ..study import (
     find_device,
@@ -71,6 +72,8 @@ class Config(RunConfig):
     "Independent entries, or orthonormal rows or columns."
     scales: tuple[float, ...] = (0.3, 0.03)
     "Standard deviation of each entry of a Gaussian start, or size of an orthogonal."
+    method: Literal["auto", "tsit5"] = "auto"
+    "Tsit5, then RKC2 where runs are stiff; or Tsit5 alone, half as long to compile."
     curves: int = 4
     "Runs per row whose loss is drawn."
 
@@ -78,6 +81,7 @@ class Config(RunConfig):
         super().__post_init__()
         one_of(self, "data", ("mnist", "mnist-quadrant", "gaussian", "teacher"))
         one_of(self, "start", ("gaussian", "orthogonal"))
+        one_of(self, "method", ("auto", "tsit5"))
         for name in ("dimension", "rank", "depths"):
             whole_number(self, name, least=1, most=LARGEST_COUNT)
         whole_number(self, "curves", least=0, most=LARGEST_COUNT)
@@ -191,6 +195,7 @@ def _study(config: Config, theory: LinearTheory, depth: int, scale: float):
         tolerance=config.tolerance,
         rtol=config.rtol,
         stop=theory.certificate,
+        method=AUTO if config.method == AUTO else diffrax.Tsit5(),
         max_steps=config.max_steps,
     )
     return Study(

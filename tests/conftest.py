@@ -18,7 +18,7 @@ os.environ |= compile_fast()
 jax.config.update(
     "jax_compilation_cache_dir", keep_compiled()["JAX_COMPILATION_CACHE_DIR"]
 )
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

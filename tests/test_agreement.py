@@ -28,10 +28,10 @@ from gradflow.types import names_of
 LANES = 88
 WIDTHS = [
     (3, 2, 3),
-    (8, 5, 6),
     *(
         pytest.param(widths, marks=pytest.mark.slow)
         for widths in [
+            (8, 5, 6),
             (5, 3, 4, 5),
             (7, 5, 6, 3),
             (4, 3, 3, 4, 4),
@@ -157,6 +157,7 @@ def test_every_run_ends_where_the_theory_says(widths):
 @pytest.mark.parametrize(
     "widths", [(5, 3, 4), pytest.param((5, 3, 4, 5), marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_certified_runs_do_converge_to_the_least_value(widths):
     """Going on from where the certificate stopped them."""
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 
 from gradflow.audit import Audit
 from gradflow.critical import classify, describe, KIND
@@ -72,6 +73,7 @@ def test_unbalanced_starts_are_not_limited():
         assert not np.any(np.isfinite(moment)), name
 
 
+@pytest.mark.slow
 def test_a_rank_that_rounding_lifts():
     """A start of rank 1 in layers of width 2 exactly keeps rank 1. In a basis where
     the missing part is rounding and not 0.0, the numbers learn the second mode."""
@@ -98,6 +100,7 @@ def test_without_an_audit_nothing_is_said():
     assert np.isnan(finding.limited_at) and not finding.precision_limited
 
 
+@pytest.mark.slow
 def test_a_relay_keeps_the_first_time():
     """The audit goes on from solver to solver, from the same start."""
     start = LowRankInit((3, 3), 3, 1.0)(jr.key(0)).balanced(2)

@@ -82,6 +82,7 @@ def difference(one, other):
     ("widths", "layout"),
     [pytest.param(*KINDS[0], marks=pytest.mark.slow), KINDS[1]],
 )
+@pytest.mark.slow
 def test_trajectories_converge_with_order_2(widths, layout):
     """An eighth of the tolerance, of an error of order 3, is a quarter of the error."""
     energy, start = loss(widths), GaussianInit(widths, 0.4)
@@ -100,6 +101,7 @@ def test_trajectories_converge_with_order_2(widths, layout):
 
 
 @pytest.mark.parametrize(("widths", "layout"), KINDS)
+@pytest.mark.slow
 def test_steps_are_as_many_as_those_of_the_solver(widths, layout):
     energy, start = loss(widths), GaussianInit(widths, 0.4)
     integrator = until(energy, 300.0, 1e-4, method=METHOD)
@@ -137,6 +139,7 @@ def test_company_changes_no_bit():
     assert difference(few.point, other.point) < 1e-10
 
 
+@pytest.mark.slow
 def test_points_of_any_kind():
     energy = Valleys(jnp.array([1e5, 1e2, 0.1]))
     solution = ends(until(energy, 2.0, 1e-5, method=METHOD), Pairs(), 5, 3)
@@ -148,6 +151,7 @@ def test_points_of_any_kind():
     assert np.all(solution.stats["velocities"] < 8000)
 
 
+@pytest.mark.slow
 def test_the_spectral_radius_is_found():
     energy = Valleys(jnp.array([700.0, 30.0, 2.0]))
     integrator = until(energy, 1e9, 1e-4, method=METHOD)
@@ -161,6 +165,7 @@ def test_the_spectral_radius_is_found():
     assert np.allclose(states.solver_state.radius, 700, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_no_step_needs_more_than_the_most_stages():
     """A solver of diffrax must reject such a step; here it is shortened."""
     energy = Valleys(jnp.array([1e5, 1e2, 0.1]))
@@ -172,6 +177,7 @@ def test_no_step_needs_more_than_the_most_stages():
     assert np.all(solution.stats["rejected"] < 0.1 * solution.stats["steps"])
 
 
+@pytest.mark.slow
 def test_starts_that_are_bad_harm_no_other():
     """Not finite, at rest, and from so far out that first steps overflow."""
     widths = (5, 4, 5)
@@ -204,6 +210,7 @@ def test_starts_that_are_bad_harm_no_other():
         assert np.array_equal(states.point[:, lane], clean.point[:, lane])
 
 
+@pytest.mark.slow
 def test_float32():
     widths = (6, 2, 6)
     energy = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), loss(widths))

@@ -40,6 +40,7 @@ class _Well(AbstractEnergy):
         return (jnp.sum(point**2) - 1) ** 2
 
 
+@pytest.mark.slow
 def test_what_the_package_has_is_sound():
     assert check_energy(ENERGY, START(KEY), KEY).sound
     assert check_energy(_Well(), jnp.array([0.3, 2.0]), KEY).sound

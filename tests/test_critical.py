@@ -99,6 +99,7 @@ def test_every_planted_point(depth):
         pytest.param(4, range(2, 11), 1000, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_runs_from_beside_a_saddle(depth, exponents, patience):
     """1e-2 .. 1e-10 away, in random directions and along the most negative curvature:
     the right minimum if the horizon allows, else open, with a predicted time; never a
@@ -265,6 +266,7 @@ def test_certificate_needs_no_hessian_and_an_open_case_has_all_the_evidence():
         assert word in text
 
 
+@pytest.mark.slow
 def test_axis_aligned_starts_stay_and_others_are_left_open():
     """With exact zeros the exact flow stays on a saddle's stable manifold and so do the
     numbers; turned by a rotation, what keeps a run there is rounding."""
@@ -339,6 +341,7 @@ def test_verdict_is_invariant_under_rotation_in_a_tied_eigenspace():
         assert int(np.sum(found.active)) == 2
 
 
+@pytest.mark.slow
 def test_classify_in_float32_never_names_a_saddle():
     """Its rounding is far above what separates a saddle from beside one."""
     rng = np.random.default_rng(8)

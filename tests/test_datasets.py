@@ -169,6 +169,7 @@ def test_bad_types_without_a_type_checker(getkey):
         inspect.unwrap(prescribed)(["x"], x_dim=3, y_dim=3, key=getkey())
 
 
+@pytest.mark.slow
 def test_build_is_read_back(getkey, tmp_path, monkeypatch, capsys):
     images, labels = _images(getkey)
     _write(tmp_path, monkeypatch, images, labels, packed=True)
@@ -293,6 +294,7 @@ def test_prescribed(getkey, x_dim, y_dim, condition_number, values):
     assert moments.count == 1
 
 
+@pytest.mark.slow
 def test_prescribed_takes_arrays(getkey):
     key = getkey()
     one = prescribed(np.array([1.0, 2.0]), x_dim=3, y_dim=2, key=key)

@@ -46,6 +46,7 @@ def go_on(descent, state, most):
     [diffrax.Tsit5(), RKC2(), pytest.param(stiff(), marks=pytest.mark.slow)],
     ids=lambda m: type(m).__name__,
 )
+@pytest.mark.slow
 def test_stored_and_taken_up_again_to_the_last_bit(method):
     integrator = Integrator(FLOW, method=method, tolerance=1e-5, audit=Audit)
     (descent,) = integrator.descents(POINT)

@@ -165,6 +165,7 @@ def test_squarem_falls_back_where_extrapolation_fails():
     assert Squarem(plain).updates == 3 and Squarem(Squarem(plain)).updates == 9
 
 
+@pytest.mark.slow
 def test_acceleration_takes_fewer_updates_to_the_same_place(getkey):
     energy = energy_of("fa", covariance_of(getkey(), 6, 200))
     start = point_of("fa", getkey())
@@ -291,6 +292,7 @@ def test_the_alternating_scheme_needs_private_latents():
         AlternatingMaximization(energy_of("fa", jnp.eye(6)))
 
 
+@pytest.mark.slow
 def test_an_alternating_step_by_its_definition(getkey):
     """Each part is the best for what it sees: no small move lowers the expected
     energy."""

@@ -89,6 +89,7 @@ def nearly(one, other):
 
 
 @pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.slow), 7])
+@pytest.mark.slow
 def test_number_of_lanes_changes_nothing_to_speak_of(integrator, reference, lanes):
     other, _ = everything(integrator, 30, lanes)
     nearly(other, jax.tree.map(lambda leaf: leaf[:30], reference))
@@ -105,6 +106,7 @@ def test_a_draw_alone_is_integrate(integrator, reference):
         assert np.isclose(alone.distance, reference.distance[draw], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_little_is_wasted(tsit5):
     """With a queue of 32 draws per lane few velocities are idle; one vmapped loop over
     all wastes what its slowest lane makes the others wait."""
@@ -127,6 +129,7 @@ def test_blocks_follow_each_other(integrator):
     assert equal(short, jax.tree.map(lambda leaf: leaf[:12], solution))
 
 
+@pytest.mark.slow
 def test_large_points_make_short_queues(integrator, reference, monkeypatch):
     """Memory is bounded, and what a draw is does not depend on it."""
     monkeypatch.setattr("gradflow.ensemble.MEMORY", 1)
@@ -135,6 +138,7 @@ def test_large_points_make_short_queues(integrator, reference, monkeypatch):
     nearly(solution, reference)
 
 
+@pytest.mark.slow
 def test_layouts_agree(integrator, reference):
     """Where the numbers lie changes the last bits, and through a rounded step size
     now and then as much as the tolerance lets it."""
@@ -199,6 +203,7 @@ def test_relay_in_lanes(energy, theory):
     assert np.isclose(alone.time, one.time[np.flatnonzero(took_over)[0]], rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_audit_in_lanes(energy, theory):
     """Each lane is audited from its own start."""
     flow = GradientFlow(energy)
@@ -211,6 +216,7 @@ def test_audit_in_lanes(energy, theory):
     assert all(np.all(np.isinf(moment)) for moment in solution.broken.values())
 
 
+@pytest.mark.slow
 def test_horizon_in_lanes(energy):
     flow = GradientFlow(energy)
     solution, _ = everything(Integrator(flow, horizon=0.5, tolerance=1e-9), 20, 8)
@@ -218,6 +224,7 @@ def test_horizon_in_lanes(energy):
     assert np.array_equal(solution.time, np.full(20, 0.5))
 
 
+@pytest.mark.slow
 def test_in_a_study(integrator, theory):
     study = Study(
         INITIALIZE,

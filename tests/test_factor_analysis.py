@@ -58,6 +58,7 @@ def test_isotropic_is_probabilistic_pca(data):
     assert diagonal.score(data) > ours.score(data)
 
 
+@pytest.mark.slow
 def test_scores_samples_and_criteria(data):
     model = FactorAnalysis(2).fit(data)
     np.testing.assert_allclose(model.loglike_, 400 * model.score(data), rtol=1e-12)

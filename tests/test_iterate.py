@@ -49,6 +49,7 @@ def test_iterate_is_the_loop(problem):
         iterate(iteration, start, max_steps=7)
 
 
+@pytest.mark.slow
 def test_a_run_ends_at_short_steps(problem):
     iteration, start = problem
     end = iterate(iteration, start, tolerance=1e-5)

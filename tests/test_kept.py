@@ -213,6 +213,7 @@ def test_another_study_is_refused(tmp_path):
         assert _files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_network_by_chunks_of_64_and_256(tmp_path):
     """One study in memory, by chunks of two sizes, in parts, resumed: one verdict for
     each draw; and the same bits for the same chunks."""

@@ -66,7 +66,7 @@ def differences(one, other):
 @pytest.mark.parametrize(
     ("widths", "autoencoding"),
     [
-        pytest.param(*case, marks=pytest.mark.slow if i in (1, 2, 4, 5) else ())
+        pytest.param(*case, marks=pytest.mark.slow if i else ())
         for i, case in enumerate(CASES)
     ],
 )
@@ -84,6 +84,7 @@ def test_velocity_and_energy_are_those_of_the_model(widths, autoencoding):
     "method", [diffrax.Tsit5(), pytest.param(diffrax.Bosh3(), marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(("widths", "autoencoding"), [CASES[0], CASES[3]])
+@pytest.mark.slow
 def test_steps_are_those_of_the_descent(widths, autoencoding, method):
     """Times and counts to the last bit, points to rounding, for 40 steps."""
     _, points, ours, plain = both(
@@ -150,6 +151,7 @@ def test_company_changes_no_bit_where_y_is_not_x():
         assert np.array_equal(one, other[:20])
 
 
+@pytest.mark.slow
 def test_float32():
     moments = datasets.gaussian(jr.key(9), 6, 20)
     moments = jax.tree.map(lambda x: x.astype(jnp.float32), moments)

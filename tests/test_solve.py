@@ -142,7 +142,11 @@ def _observed(flow, start, times, observe, rtol, **options):
 
 @pytest.mark.parametrize(
     "widths, rank, scale",
-    [((4, 3, 3), 3, 0.3), ((3, 2, 5), 2, 1e-3), ((4, 4, 4), 2, 5.0)],
+    [
+        ((4, 3, 3), 3, 0.3),
+        pytest.param((3, 2, 5), 2, 1e-3, marks=pytest.mark.slow),
+        pytest.param((4, 4, 4), 2, 5.0, marks=pytest.mark.slow),
+    ],
 )
 def test_follows_the_exact_flow_of_two_layers(rng, widths, rank, scale):
     x_dim, _, y_dim = widths
@@ -260,6 +264,7 @@ def test_balancedness_does_not_drift(rng, balanced):
             assert np.max(np.abs(matrix - matrix[:1])) <= 10 * rtol
 
 
+@pytest.mark.slow
 def test_a_run_comes_to_rest_at_the_default_tolerance(rng):
     # Here an explicit method hovers at 70 to 1400 times its tolerance, for it ends at
     # the stability limit of a stiff direction; the stopping speed must lie above.
@@ -369,6 +374,7 @@ def test_a_start_that_is_not_finite(value):
     assert solution.time == 0 and solution.stats["steps"] == 0
 
 
+@pytest.mark.slow
 def test_where_an_explicit_method_crawls():
     """On a bowl whose curvatures are a million apart "auto" takes a fiftieth of the
     velocities; where nothing is stiff it is Tsit5 to the last bit."""

@@ -185,6 +185,7 @@ def test_studies_cover(p, studies):
     assert min(fixed, ended) >= _least(studies)
 
 
+@pytest.mark.slow
 def test_a_chance_of_one_half_is_covered():
     """Balanced flow of one number with a sign-symmetric start: the sign is kept, and
     decides. All draws are of one run, dealt out to studies."""

@@ -284,6 +284,7 @@ def test_float32_of_a_network(outcome_by_eight):
     np.testing.assert_array_equal(outcome.finding, certified)
 
 
+@pytest.mark.slow
 def test_verdicts_in_float64_of_runs_in_float32():
     """The draws of float64, rounded; the same verdicts; ends of float32 precision."""
     exact = _network_study(40, 8)
@@ -309,6 +310,7 @@ def test_verdicts_in_float64_of_runs_in_float32():
     assert np.allclose(one.solution.time, other.solution.time, atol=0.7)
 
 
+@pytest.mark.slow
 def test_two_devices_change_no_bit(tmp_path):
     """Each has a queue of its own."""
     program = """if True:

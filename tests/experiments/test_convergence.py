@@ -109,11 +109,13 @@ def test_rows_depend_on_the_seed_only():
     assert run(_tiny(seed=1), progress=False).rows != first.rows
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_later_rows():
     both = run(_tiny(scales=(0.3, 0.03)), progress=False)
     assert run(_tiny(), progress=False).rows[0] == both.rows[0]
 
 
+@pytest.mark.slow
 def test_draws_out_of_steps_are_undecided():
     report = run(_tiny(max_steps=3, draws=24, batch=8), progress=False)
     _check_rows(report)
@@ -151,6 +153,7 @@ def test_draws_that_are_not_finite_stay_in_the_denominator():
     assert report.figure["panels"][0]["energies"] == []
 
 
+@pytest.mark.slow
 def test_more_curves_than_draws():
     report = run(_tiny(curves=20), progress=False)
     assert np.asarray(report.figure["panels"][0]["energies"]).shape[0] == 8
@@ -158,6 +161,7 @@ def test_more_curves_than_draws():
     assert panel["energies"] == panel["lines"] == []
 
 
+@pytest.mark.slow
 def test_float32():
     report = run(_tiny(dtype="float32", tolerance=0.01), progress=False)
     _check_rows(report)

@@ -40,6 +40,7 @@ def _agree(rows):
             np.testing.assert_allclose(row["rate seen"], row["rate"], rtol=0.02)
 
 
+@pytest.mark.slow
 def test_rows(report):
     assert [row["method"] for row in report.rows] == ["flow", "em", "squarem"]
     assert all(row["closed form"] == "yes" for row in report.rows)
@@ -52,6 +53,7 @@ def test_rows(report):
     json.loads(report.to_json())
 
 
+@pytest.mark.slow
 def test_figure(report, tmp_path):
     """Runs in color, the linearization as a thin black line upon them."""
     figure = plot.em_versus_flow(report)
@@ -75,6 +77,7 @@ def test_all_models_agree():
 
 
 @pytest.mark.parametrize("data", ["wine", "mnist"])
+@pytest.mark.slow
 def test_problems(data):
     """All four models of the same variables; starts fit them."""
     sizes = set()

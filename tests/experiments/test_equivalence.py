@@ -44,6 +44,7 @@ def _check(report):
     assert report.notes == []
 
 
+@pytest.mark.slow
 def test_three_roads_and_the_closed_forms_agree(report):
     _check(report)
     # The coordinates of rank k lose nothing to small singular values.
@@ -57,6 +58,7 @@ def test_all_depths_and_ranks():
     _check(run(Config(), progress=False))
 
 
+@pytest.mark.slow
 def test_rows_depend_on_the_seed_only(report):
     again = run(Config(**SMALL), progress=False)
     other = run(Config(**SMALL, seed=1), progress=False)
@@ -90,6 +92,7 @@ def test_starts_are_the_same_at_every_depth():
     assert equivalence._values(1, 1e-6) == [1e-6]
 
 
+@pytest.mark.slow
 def test_nothing_is_cut_off(report):
     figure = plot.equivalence(report)
     figure.canvas.draw()

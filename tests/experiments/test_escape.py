@@ -49,6 +49,7 @@ def _rows(report, **wanted):
     return rows
 
 
+@pytest.mark.slow
 def test_rows(report):
     assert len(report.rows) == 5 + 4 * len(EPS)
     for row in report.rows:
@@ -59,6 +60,7 @@ def test_rows(report):
     json.loads(report.to_json())
 
 
+@pytest.mark.slow
 def test_slope_over_twelve_decades(report):
     slopes = {slope["series"]: slope for slope in report.figure["slopes"]}
     assert len(slopes) == 4
@@ -78,6 +80,7 @@ def test_slope_over_twelve_decades(report):
 
 
 @pytest.mark.parametrize("method", ["separated", "factors"])
+@pytest.mark.slow
 def test_escape_times_are_those_of_theory(report, method):
     for row in _rows(report, method=method, dtype="float64"):
         if row["perturbation"] in ("unbalanced", "balanced"):
@@ -86,6 +89,7 @@ def test_escape_times_are_those_of_theory(report, method):
             assert row["ratio"] == pytest.approx(1, abs=accuracy)
 
 
+@pytest.mark.slow
 def test_rounding_is_a_perturbation_of_its_unit(report):
     for dtype in ("float32", "float64"):
         (row,) = _rows(report, method="factors", perturbation="rounding", dtype=dtype)
@@ -100,6 +104,7 @@ def test_rounding_is_a_perturbation_of_its_unit(report):
         assert row["limited at"] < 0.6 * row["escape time"]
 
 
+@pytest.mark.slow
 def test_the_audit_tells_planted_perturbations_from_rounding(report):
     for row in _rows(report, method="factors", perturbation="unbalanced"):
         lost = row["eps"] < 0.1 * float(np.finfo(row["dtype"]).eps)
@@ -108,6 +113,7 @@ def test_the_audit_tells_planted_perturbations_from_rounding(report):
         assert lost or row["ratio"] == pytest.approx(1, abs=0.03)
 
 
+@pytest.mark.slow
 def test_points_of_fixed_rank_are_pushed_to_second_order_only(report):
     (row,) = _rows(report, method="fixed rank", perturbation="rounding")
     assert row["ratio"] == pytest.approx(1, abs=0.1)
@@ -212,6 +218,7 @@ def test_draws_depend_on_the_seed_and_their_number_only():
 # ---- the figure
 
 
+@pytest.mark.slow
 def test_nothing_is_cut_off_and_theory_is_thin_and_black(report):
     figure = plot.escape(report)
     figure.canvas.draw()
@@ -236,6 +243,7 @@ def test_nothing_is_cut_off_and_theory_is_thin_and_black(report):
     assert right.get_xscale() == "log"
 
 
+@pytest.mark.slow
 def test_lines_run_through_the_points(report):
     times = report.figure["panels"][1]
     sets = {group["label"]: group for group in times["sets"]}

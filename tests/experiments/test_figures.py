@@ -182,6 +182,7 @@ def test_rows_depend_on_the_seed_only(reports):
     assert other.rows != again.rows
 
 
+@pytest.mark.slow
 def test_float32(tmp_path):
     small = dataclasses.replace(FIGURES[8], quick=Sizes(dimensions=(3,)))
     with pytest.MonkeyPatch.context() as patch:

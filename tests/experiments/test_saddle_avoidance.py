@@ -46,11 +46,13 @@ def check(report, depth, draws):
     return wrong
 
 
+@pytest.mark.slow
 def test_wrong_signs_end_at_a_saddle(report):
     wrong = check(report, 2, 60)
     assert wrong["factors: global"] == wrong["draws"]
 
 
+@pytest.mark.slow
 def test_the_hypothesis_of_conjecture_41_b_is_not_enough(report):
     asked = row(report, "the hypothesis of (b)")
     assert 0 < asked["global minimum"] < asked["draws"]
@@ -58,6 +60,7 @@ def test_the_hypothesis_of_conjecture_41_b_is_not_enough(report):
     assert both["global minimum"] == both["draws"] == asked["global minimum"]
 
 
+@pytest.mark.slow
 def test_figure_of_outcomes_alone(report, tmp_path):
     assert all(path.stat().st_size > 10_000 for path in plot.save(report, tmp_path))
 

@@ -180,6 +180,7 @@ def test_bic(getkey):
     np.testing.assert_allclose(energy.bic(point), expected, rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_held_loadings_do_not_matter_and_do_not_move(getkey):
     energy = energy_of("ibfa", covariance_of(getkey(), 7, 30))
     free = jnp.asarray(energy.pattern)
@@ -251,6 +252,7 @@ def test_energies_refuse(getkey):
         held(one)
 
 
+@pytest.mark.slow
 def test_patterns_within_a_full_block_have_no_m_step(getkey):
     energy = energy_of("ibfa", covariance_of(getkey(), 7, 30))
     point = LatentGaussian(point_of("ibfa", getkey()).loadings, Full.of(np.eye(7)))
@@ -262,6 +264,7 @@ def test_patterns_within_a_full_block_have_no_m_step(getkey):
     assert energy(energy.m_step(fine, energy.e_step(fine))) < energy(fine)
 
 
+@pytest.mark.slow
 def test_points_are_trees(getkey):
     points = jax.vmap(lambda key: point_of("pcca", key))(jr.split(getkey(), 3))
     assert points.loadings.shape == (3, 6, 2)

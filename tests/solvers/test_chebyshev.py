@@ -288,6 +288,7 @@ def _slower_than(flow, speed):
     return lambda point: flow.speed(point) <= speed
 
 
+@pytest.mark.slow
 def test_a_stiff_run_is_that_of_the_implicit_method():
     flow, start, minimum = _teacher(size=4)
     times = jnp.array([0.5, 50.0, 3e5])

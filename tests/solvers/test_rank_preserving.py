@@ -87,6 +87,7 @@ METHODS = ((diffrax.Heun(), 2, 20), (diffrax.Bosh3(), 3, 20), (TSIT5, 5, 8))
         for case in ((3, 2), (2, 2), (2, 3), (3, 3))
     ],
 )
+@pytest.mark.slow
 def test_order_is_that_of_the_method(rng, inner, order, steps, depth, rank):
     energy = SquaredLoss(families.moments(rng, [2.0, 1.0, 0.6], 3, 4, noise=0.1))
     point = _start(rng, 4, 3, [1.2, 0.7, 0.3][:rank])
@@ -158,6 +159,7 @@ def test_sign_is_kept_where_a_singular_value_falls_below_1e_100(rng):
 @pytest.mark.parametrize(
     ("depth", "horizon"), [(2, 60.0), pytest.param(3, 1e4, marks=slow)]
 )
+@pytest.mark.slow
 def test_counterexample_to_conjecture_41b(depth, horizon):
     # All u_i^T W(0) u_i > 0, and yet not to diag(1, 1, 0).
     weight = jnp.array([[1.0, 3, 0], [3, 1, 0], [0, 0, 0]])
@@ -194,6 +196,7 @@ def test_counterexample_to_conjecture_41b(depth, horizon):
         for case in [(depth, len(values))]
     ],
 )
+@pytest.mark.slow
 def test_the_flow_three_ways(rng, depth, values):
     energy = SquaredLoss(families.moments(rng, [2.0, 1.0, 0.6], 3, 4, noise=0.1))
     point = _start(rng, 4, 3, values)

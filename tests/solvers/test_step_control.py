@@ -48,6 +48,7 @@ def test_root_mean_square():
 
 
 @pytest.mark.parametrize("depth", [2, 3, 5])
+@pytest.mark.slow
 def test_no_lane_is_stuck_by_overflow(depth):
     # Trial steps from these starts overflow: with diffrax's PIDController 29 of 64
     # lanes of depth 3 and scale 16 never take a step, nor do 26 of depth 5.

@@ -44,6 +44,7 @@ def test_stiff_solves_what_an_explicit_method_cannot():
     assert stalled.result == RESULTS.max_steps_reached
 
 
+@pytest.mark.slow
 def test_stiff_is_as_accurate_as_its_tolerance():
     # Against an explicit method at a tolerance a thousand times tighter.
     start = _deep_start(2.0)

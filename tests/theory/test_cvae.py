@@ -48,6 +48,7 @@ def rng():
         ("isotropic", (2, 2, 2), None, False, ((3,), (1,), (2,), (4,))),
     ],
 )
+@pytest.mark.slow
 def test_minimum_against_strong_minimization(
     rng, kind, sizes, rank_x, learn_decoder, hidden
 ):

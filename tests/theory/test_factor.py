@@ -49,6 +49,7 @@ def test_theories_of_kinds_of_points(getkey):
         theory_of(energy_of("fa", covariance), LatentGaussian(jnp.ones((6, 1)), three))
 
 
+@pytest.mark.slow
 def test_a_battery_with_enough_private_latents_is_pcca(getkey):
     """B B' + s^2 I is then any positive definite matrix."""
     sizes = (3, 2)

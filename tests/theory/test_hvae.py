@@ -67,6 +67,7 @@ def agrees(problem, rng, unique=True):
 
 
 @pytest.mark.parametrize("kinds, betas", KINDS)
+@pytest.mark.slow
 def test_minimum_against_strong_minimization(rng, kinds, betas):
     for size in (SIZES[0], SIZES[2]):
         x, latents, rank_x = size

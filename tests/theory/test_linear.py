@@ -49,7 +49,14 @@ def test_every_critical_point_of_rank_k_matrices(rng):
         assert np.abs(matrix.T @ gradient).max() < 1e-13
 
 
-@pytest.mark.parametrize("widths", [(5, 3, 4), (5, 4, 3, 4), (5, 3, 4, 3, 4)])
+@pytest.mark.parametrize(
+    "widths",
+    [
+        (5, 4, 3, 4),
+        pytest.param((5, 3, 4), marks=pytest.mark.slow),
+        pytest.param((5, 3, 4, 3, 4), marks=pytest.mark.slow),
+    ],
+)
 def test_lifts_are_critical_and_have_the_index(rng, widths):
     known = theory(rng, VALUES, widths)
     flow = GradientFlow(known.energy)

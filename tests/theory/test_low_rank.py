@@ -38,6 +38,7 @@ def random_start(key, size, rank):
 
 @pytest.mark.parametrize("depth", [2, 3])
 @pytest.mark.parametrize("size", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_right_sign_is_never_obstructed_and_wrong_sign_ends_at_the_saddle(depth, size):
     """Data with any xx; the exact flow is followed to where its loss stands still."""
     rng = np.random.default_rng(size)
@@ -69,6 +70,7 @@ def test_right_sign_is_never_obstructed_and_wrong_sign_ends_at_the_saddle(depth,
 @pytest.mark.parametrize(
     "block", [pytest.param((0, 2), marks=pytest.mark.slow), (1, 2)]
 )
+@pytest.mark.slow
 def test_kind_of_the_limit_is_that_of_its_lift(block, depth):
     """In an invariant block, the limit may be a best approximation or not."""
     energy = autoencoder(3.0, 2.0, 1.0)
@@ -121,6 +123,7 @@ def test_entries_that_are_merely_small_are_no_block():
 @pytest.mark.parametrize(
     "spectrum", [(2.0, 1.0, 1.0), (1.0, 1.0, 1.0), (2.0, 2.0, 1.0)]
 )
+@pytest.mark.slow
 def test_ties(spectrum):
     """Which of the tied modes is lost has no meaning; how many is certain."""
     energy = autoencoder(*spectrum)

@@ -53,6 +53,7 @@ def test_worked_numbers():
     np.testing.assert_allclose(energy(theory.optimum()), 7.798056331335606, rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_every_index_set_has_its_kind_and_index(rng):
     """In another basis of the latent variables: W_1 A and W_2 A^-T."""
     theory = _theory(rng)

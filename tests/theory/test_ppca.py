@@ -96,6 +96,7 @@ def test_every_index_set_has_its_kind_and_index(rng, spectrum):
         assert abs(finding.value_gap) < 1e-12
 
 
+@pytest.mark.slow
 def test_there_are_no_other_critical_points(rng):
     """Newton's method on the gradient from random starts finds members of the list."""
     theory = _theory(rng, SPECTRA[1], latents=1)
@@ -121,6 +122,7 @@ def test_there_are_no_other_critical_points(rng):
     assert found >= 4
 
 
+@pytest.mark.slow
 def test_closeness_is_not_criticality(rng):
     """A point 1e-9 away from a saddle may leave it: no verdict."""
     theory = _theory(rng, SPECTRA[0])
@@ -136,6 +138,7 @@ def test_closeness_is_not_criticality(rng):
     assert classify(flow, theory, end).rule == RULE.loss_certificate
 
 
+@pytest.mark.slow
 def test_zero_stays(rng):
     """From loadings 0 the flow goes to the saddle of no modes, and is judged so."""
     theory = _theory(rng, SPECTRA[0])
@@ -157,6 +160,7 @@ def test_the_certificates_level_is_the_second_critical_value(rng, spectrum):
     np.testing.assert_allclose(gap, (values[1] - values[0]) * (1 - 1e-6), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_second_critical_value_of_random_spectra(rng):
     """One exchange or omission away, against all sets."""
     for trial in range(30):
@@ -186,6 +190,7 @@ def test_em_reaches_the_closed_form(samples):
     assert np.max(ends.stats["increase"]) < 1e-11
 
 
+@pytest.mark.slow
 def test_ties(rng):
     """Verdicts do not depend on the basis of an eigenspace."""
     theory = _theory(rng, (3.0, 2.0, 2.0, 2.0, 0.5))

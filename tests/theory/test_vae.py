@@ -53,13 +53,18 @@ def data(matrix=A):
     "kind, x, latent, rank_x, learn_decoder, hidden",
     [
         ("full", 4, 2, None, False, None),
-        ("diagonal", 3, 4, None, False, None),
-        ("root", 4, 2, None, True, None),
-        ("isotropic", 3, 4, 2, False, None),
-        ("diagonal fixed", 4, 3, 2, True, None),
-        ("general", 3, 4, None, False, None),
-        ("full", 3, 3, None, False, ((1,), (4,))),
-        ("isotropic", 3, 2, None, False, ((), (1, 3))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("diagonal", 3, 4, None, False, None),
+                ("root", 4, 2, None, True, None),
+                ("isotropic", 3, 4, 2, False, None),
+                ("diagonal fixed", 4, 3, 2, True, None),
+                ("general", 3, 4, None, False, None),
+                ("full", 3, 3, None, False, ((1,), (4,))),
+                ("isotropic", 3, 2, None, False, ((), (1, 3))),
+            ]
+        ),
     ],
 )
 def test_minimum_against_strong_minimization(
@@ -191,6 +196,7 @@ def test_verdicts_at_every_critical_point_and_beside_them(rng):
         assert names_of(KIND, judge(moved).kind) in expected
 
 
+@pytest.mark.slow
 def test_no_critical_value_lies_below_the_certificate(rng):
     """Critical points that Newton's method finds from anywhere, for each kind."""
     from scipy.optimize import root
@@ -232,6 +238,7 @@ def all_certified(problem, draws):
     assert (outcome.finding.gap < float(known.certificate.level - known.least)).all()
 
 
+@pytest.mark.slow
 def test_random_starts_end_at_the_minimum(rng):
     all_certified(vae(rng, 4, 3, "full"), draws=20)
 
@@ -250,6 +257,7 @@ def test_random_starts_of_every_kind_end_at_the_minimum(rng, kind, options):
     all_certified(vae(rng, 4, latent, kind, **options), draws=200)
 
 
+@pytest.mark.slow
 def test_kl_crosses_zero_at_the_thresholds_of_a_flow(rng):
     """Just below and above each threshold the flow itself has as many active latents
     as the theory says."""

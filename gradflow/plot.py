@@ -7,6 +7,7 @@ import numpy as np
 
 from .phase_plot import activation, phases
 from .report import Report
+from .share_plot import shares
 
 
 # Okabe and Ito's colors, told apart by color-blind readers too.
@@ -333,6 +334,24 @@ def posterior_collapse(report: Report) -> Any:
     return figure
 
 
+def own(report: Report) -> Any:
+    """The figure of a study of one's own: shares, and distributions of numbers."""
+    import matplotlib.pyplot as plt
+
+    panels = report.figure["panels"]
+    columns = min(3, max(1, len(panels)))
+    bands = -(-len(panels) // columns)
+    high = 0.7 + 0.22 * sum(row["count"] != "-" for row in report.rows)
+    with plt.style.context(STYLE):
+        figure = plt.figure(figsize=(7.2, high + 2.2 * bands), layout="constrained")
+        heights = [high, *([2.2] * bands)]
+        grid = figure.add_gridspec(bands + 1, columns, height_ratios=heights)
+        shares(report.rows, figure.add_subplot(grid[0, :]), RUNS[0])
+        for i, panel in enumerate(panels):
+            curves(panel, figure.add_subplot(grid[1 + i // columns, i % columns]))
+    return figure
+
+
 def _numbers(values: Any) -> np.ndarray:
     """An array of what may come from memory or from JSON, where NaN is null."""
     return np.array([np.nan if v is None else v for v in values], dtype=float)
@@ -348,6 +367,7 @@ FIGURES = {
     "em_versus_flow": em_versus_flow,
     "posterior_collapse": posterior_collapse,
     "flow_versus_training": figures,
+    "own": own,
 }
 
 

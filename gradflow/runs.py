@@ -30,6 +30,12 @@ def experiment(name: str) -> Any:
     return importlib.import_module(f"gradflow.experiments.{name}")
 
 
+def settled(name: str, config: Any) -> Any:
+    """The settings with what only a study of one's own can say."""
+    fill = getattr(experiment(name), "settled", None)
+    return config if fill is None else fill(config)
+
+
 def check(out: Path, name: str, config: Any) -> None:
     """Refuses a folder in which the report could not be written: before hours of
     computing, not after."""
@@ -60,6 +66,7 @@ def kept(
     """Runs an experiment of many draws, which are kept in `out` as they are done."""
     from .store.folder import Store
 
+    config = settled(name, config)
     check(out, name, config)
     settings = dataclasses.asdict(config)
     chunk = chunk or _chunk(out, config.batch)
@@ -87,6 +94,7 @@ def shard(
 
     number, count = part
     folder = shard_folder(out, number, count)
+    config = settled(name, config)
     check(folder, name, config)
     settings = dataclasses.asdict(config)
     # So that each part has some.
@@ -126,8 +134,10 @@ def distributed(
     """
     from .distributed import join_job, wait_for_all
 
-    check(out, name, config)
     number, count = join_job()
+    # What runs before it may not use jax.
+    config = settled(name, config)
+    check(out, name, config)
     first = number == 1
     shard(name, config, out, (number, count), chunk=chunk, quiet=quiet or not first)
     wait_for_all()

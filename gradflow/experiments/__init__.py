@@ -1,6 +1,7 @@
 """Named studies: each file has a `Config`, a `CLAIM`, a `COST` and `run`.
 
-Those in `STUDIES` have many draws, `studies` gives them, and `run` takes a `Store`.
+Those in `STUDIES` have many draws, `studies` gives them, and `run` takes a `Store`; if
+they have `settled`, it fills in what settings leave open.
 `SIZES` are the settings of --quick and --full. Plain values, so that the command line
 can have them without importing jax.
 """
@@ -14,8 +15,9 @@ NAMES = (
     "em_versus_flow",
     "posterior_collapse",
     "flow_versus_training",
+    "own",
 )
-STUDIES = ("convergence", "saddle_avoidance")
+STUDIES = ("convergence", "saddle_avoidance", "own")
 SIZES = {
     "convergence": {
         "quick": {"draws": 32, "batch": 32, "curves": 2},
@@ -42,5 +44,6 @@ SIZES = {
         "quick": {"draws": 8, "halvings": 3, "horizon": 4.0},
         "full": {"draws": 256, "halvings": 8},
     },
+    "own": {"quick": {"draws": 32}, "full": {"draws": 10_000}},
     "escape": {"quick": {"draws": 2}, "full": {"draws": 64}},
 }

@@ -368,6 +368,7 @@ FIGURES = {
     "posterior_collapse": posterior_collapse,
     "flow_versus_training": figures,
     "own": own,
+    "mnist_cvae": figures,
 }
 
 

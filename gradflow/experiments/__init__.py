@@ -16,6 +16,7 @@ NAMES = (
     "posterior_collapse",
     "flow_versus_training",
     "own",
+    "mnist_cvae",
 )
 STUDIES = ("convergence", "saddle_avoidance", "own")
 SIZES = {
@@ -45,5 +46,9 @@ SIZES = {
         "full": {"draws": 256, "halvings": 8},
     },
     "own": {"quick": {"draws": 32}, "full": {"draws": 10_000}},
+    "mnist_cvae": {
+        "quick": {"latents": 4, "modes": 6, "marks": [1, 4], "updates": 1000},
+        "full": {"draws": 8},
+    },
     "escape": {"quick": {"draws": 2}, "full": {"draws": 64}},
 }

@@ -170,19 +170,21 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def figures(report: Report) -> Any:
-    """Panels side by side: runs in color, theory as thin black lines over them."""
+    """Panels side by side, in `bands`: runs in color, theory as thin black lines."""
     import matplotlib.pyplot as plt
 
-    panels = report.figure["panels"]
+    panels, bands = report.figure["panels"], report.figure.get("bands", 1)
+    columns, wide, high = len(panels) // bands, *((3.4, 3.2), (2.5, 2.3))[bands > 1]
     with plt.style.context(STYLE):
         figure, grid = plt.subplots(
-            1,
-            len(panels),
-            figsize=(max(3.4 * len(panels), 4.6), 3.2),
+            bands,
+            columns,
+            figsize=(max(wide * columns, 4.6), high * bands),
             layout="constrained",
             squeeze=False,
+            sharey="row" if bands > 1 else False,
         )
-        for panel, axes in zip(panels, grid[0], strict=True):
+        for panel, axes in zip(panels, grid.flat, strict=True):
             curves(panel, axes)
         figure.suptitle(report.figure["title"], fontsize=9)
     return figure
@@ -367,6 +369,7 @@ FIGURES = {
     "em_versus_flow": em_versus_flow,
     "posterior_collapse": posterior_collapse,
     "flow_versus_training": figures,
+    "nonlinear_cvae": figures,
     "own": own,
     "mnist_cvae": figures,
 }

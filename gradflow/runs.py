@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .compiling import keep_compiled
-from .experiments import NAMES, STUDIES
+from .experiments import NAMES, STUDIES, TRAINED
 
 
 # Draws of a file per lane: with fewer more lanes idle while the last ones end, more of
@@ -47,11 +47,32 @@ def check(out: Path, name: str, config: Any) -> None:
 def report(name: str, config: Any, out: Path, *, quiet: bool, strict: bool) -> int:
     """Runs an experiment in memory, and writes its report."""
     check(out, name, config)
+    if name in TRAINED:
+        return trained(name, config, out, quiet=quiet, strict=strict)
     try:
         found = experiment(name).run(config, progress=False if quiet else None)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; nothing of this run was written") from None
     return finish(found, out, quiet=quiet, strict=strict)
+
+
+def trained(name: str, config: Any, out: Path, *, quiet: bool, strict: bool) -> int:
+    """Runs an experiment that trains networks, which are kept in `out`: those that are
+    done, and how far the one under way is."""
+    from .store.folder import Store
+
+    settings = dataclasses.asdict(config)
+    with Store(out, settings, experiment=name, chunk=1) as store:
+        progress = False if quiet else None
+        try:
+            found = experiment(name).run(config, progress=progress, store=store)
+        except KeyboardInterrupt:
+            done, every, _ = store.safe()
+            raise KeyboardInterrupt(
+                f"stopped; {done} of {every} networks are done, the one under way is "
+                "kept to its last checkpoint; run again to go on"
+            ) from None
+        return finish(found, out, quiet=quiet, strict=strict)
 
 
 def kept(
@@ -208,8 +229,9 @@ def verify(folder: Path, chunks: int, *, quiet: bool) -> int:
     from .verifying import same_rows, verify_studies
 
     progress = False if quiet else None
-    if (folder / "draws").is_dir():
-        study, _ = read_study(folder)
+    study = read_study(folder)[0] if (folder / "draws").is_dir() else None
+    # Networks are trained again, all of them.
+    if study is not None and study["experiment"] not in TRAINED:
         name = study["experiment"]
         if name not in STUDIES:
             raise ValueError(

@@ -65,7 +65,7 @@ WITHIN = {
     ("datasets", "data"),
 }
 # Within the store, in this order.
-STORE = ("files", "difference", "chunk", "arrays", "cell", "folder")
+STORE = ("files", "difference", "chunk", "arrays", "cell", "checkpoint", "folder")
 # Files of theory without a twin in models: shared machinery, exact trajectories (of the
 # networks of models/linear.py, as is Oja's flow), what the VAEs have in common, and the
 # two models of factor.py that have a closed form.

@@ -1,7 +1,8 @@
 """Named studies: each file has a `Config`, a `CLAIM`, a `COST` and `run`.
 
 Those in `STUDIES` have many draws, `studies` gives them, and `run` takes a `Store`; if
-they have `settled`, it fills in what settings leave open.
+they have `settled`, it fills in what settings leave open. `run` of those in `TRAINED`,
+whose draws are networks (see `training.py`), takes a `Store` too.
 `SIZES` are the settings of --quick and --full. Plain values, so that the command line
 can have them without importing jax.
 """
@@ -15,10 +16,12 @@ NAMES = (
     "em_versus_flow",
     "posterior_collapse",
     "flow_versus_training",
+    "nonlinear_cvae",
     "own",
     "mnist_cvae",
 )
 STUDIES = ("convergence", "saddle_avoidance", "own")
+TRAINED = ("nonlinear_cvae",)
 SIZES = {
     "convergence": {
         "quick": {"draws": 32, "batch": 32, "curves": 2},
@@ -49,6 +52,10 @@ SIZES = {
     "mnist_cvae": {
         "quick": {"latents": 4, "modes": 6, "marks": [1, 4], "updates": 1000},
         "full": {"draws": 8},
+    },
+    "nonlinear_cvae": {
+        "quick": {"draws": 1, "width": 64, "steps": 400},
+        "full": {"draws": 10, "width": 512, "steps": 20_000},
     },
     "escape": {"quick": {"draws": 2}, "full": {"draws": 64}},
 }

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 
-# What may differ between a study and its continuation: where it runs.
-FREE = frozenset({"device"})
+# What may differ between a study and its continuation: where it runs, and where its
+# data lie.
+FREE = frozenset({"device", "images"})
 # Numbers computed from data differ by so much from one kind of hardware to another.
 ROUNDING = {"float64": 1e-9, "float32": 1e-4}
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .cell import Cell
+from .checkpoint import begun
 from .difference import differences, FREE
 from .files import canonical, PART, plain, sync_folder, write_whole
 
@@ -90,7 +91,7 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
-            if not any(cell.done for cell in self.cells.values()):
+            if not any(cell.done or begun(cell) for cell in self.cells.values()):
                 self._leave_nothing()
             os.close(self._lock)
             self._lock = None

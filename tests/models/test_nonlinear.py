@@ -118,6 +118,19 @@ def test_elbo_of_affine_maps_is_that_of_a_linear_conditional_vae(rng):
     check(draws, exact.elbo(linear))
 
 
+def test_elbo_is_exact_where_nothing_depends_on_what_is_drawn(rng):
+    """With a decoder that takes no notice of z: constants to the last digit."""
+    (exact, linear), (energy, point), (x, y) = conditional(rng)
+    unread = lambda matrix: matrix.at[:, :2].set(0.0)
+    weight = lambda p: p.decoder.layers[0].weight
+    point = eqx.tree_at(weight, point, unread(weight(point)))
+    matrix = lambda p: p.decoder.weight
+    linear = eqx.tree_at(matrix, linear, unread(matrix(linear)))
+    elbo = jax.jit(jax.vmap(lambda x, y: energy.elbo(point, x, y, key=jr.key(0))))
+    each = elbo(x, y)
+    np.testing.assert_allclose(np.mean(each), exact.elbo(linear), rtol=1e-12)
+
+
 @pytest.mark.parametrize("fixed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_elbo_and_kl_of_affine_maps_are_those_of_a_linear_hierarchical_vae(rng, fixed):
     (exact, linear), (energy, point), x = hierarchical(rng, fixed)

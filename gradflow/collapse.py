@@ -194,32 +194,34 @@ def spectral_distance(
     return jnp.mean(jnp.abs(jnp.sort(one) - jnp.sort(other)))
 
 
-def turned(
-    energy: NegativeELBO | ConditionalELBO, point: LinearVAE | LinearCVAE
-) -> tuple[Any, Any]:
-    r"""The energy and the point in coordinates of z where $U^\top U$ is diagonal,
-    largest first: an orthogonal change, which alters neither loss nor prior.
+def turned(energy: Any, point: Any) -> tuple[Any, Any]:
+    r"""The energy and the point in coordinates of z (of $z_2$ in a hierarchical VAE)
+    where $U^\top U$ is diagonal, largest first: an orthogonal change, which alters
+    neither loss nor prior.
 
-    Maps become single matrices, and a learned covariance a `RootCovariance`.
+    The maps to and from z become single matrices, and a learned covariance a
+    `RootCovariance`.
     """
-    decoder = point.decoder.matrix()
-    rotation = jnp.linalg.eigh(decoder.T @ decoder)[1][:, ::-1].T
+    level = "_2" if isinstance(point, LinearHVAE) else ""
+    down, covariance = "decoder" + level, "covariance" + level
     names = ("encoder_x", "encoder_y")
-    names = names if isinstance(point, LinearCVAE) else ("encoder",)
+    names = names if isinstance(point, LinearCVAE) else ("encoder" + level,)
+    decoder, own = getattr(point, down).matrix(), getattr(point, covariance)
+    rotation = jnp.linalg.eigh(decoder.T @ decoder)[1][:, ::-1].T
     maps = [getattr(point, name).matrix() for name in names]
     point = eqx.tree_at(
-        lambda p: (p.decoder, *(getattr(p, name) for name in names)),
+        lambda p: [getattr(p, name) for name in (down, *names)],
         point,
-        (LinearMap(decoder @ rotation.T), *(LinearMap(rotation @ m) for m in maps)),
+        [LinearMap(decoder @ rotation.T), *(LinearMap(rotation @ m) for m in maps)],
     )
-    if point.covariance is not None:
-        own = RootCovariance(
-            rotation @ RootCovariance.of(point.covariance.matrix()).factor
+    if own is not None:
+        factor = rotation @ RootCovariance.of(own.matrix()).factor
+        point = eqx.tree_at(
+            lambda p: getattr(p, covariance), point, RootCovariance(factor)
         )
-        point = eqx.tree_at(lambda p: p.covariance, point, own)
     else:
-        fixed = rotation @ energy.covariance @ rotation.T
-        energy = eqx.tree_at(lambda e: e.covariance, energy, fixed)
+        fixed = rotation @ getattr(energy, covariance) @ rotation.T
+        energy = eqx.tree_at(lambda e: getattr(e, covariance), energy, fixed)
     return energy, point
 
 

@@ -78,8 +78,12 @@ def activation(curves: dict[str, Any], axes: Any, colors: Sequence[str]) -> Any:
 def _ticks(axis: Any, values: np.ndarray) -> None:
     """A few round values, where a logarithmic axis would write too many."""
     low, high = _edges(values)[[0, -1]]
-    shown = [tick for tick in TICKS if low < tick < high]
-    axis.set_ticks(shown, [f"{tick:g}" for tick in shown])
+    show_ticks(axis, [tick for tick in TICKS if low < tick < high])
+
+
+def show_ticks(axis: Any, ticks: Any) -> None:
+    """These and no others, written out."""
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set_ticks([], minor=True)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .phase_plot import activation, phases
+from .phase_plot import activation, phases, show_ticks
 from .report import Report
 from .share_plot import shares
 
@@ -218,6 +218,8 @@ def curves(panel: dict[str, Any], axes: Any) -> Any:
         x, y = _numbers(line["x"]), _numbers(line["y"])
         axes.plot(x, y, color="black", lw=0.6, zorder=4, label=name)
     axes.set(**{key: panel[key] for key in ("xlabel", "ylabel", "xscale", "yscale")})
+    if "xticks" in panel:
+        show_ticks(axes.xaxis, panel["xticks"])
     if panel.get("points") and panel["xscale"] == "linear":
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(panel["title"], fontsize=8)
@@ -371,7 +373,7 @@ FIGURES = {
     "flow_versus_training": figures,
     "nonlinear_cvae": figures,
     "own": own,
-    "mnist_cvae": figures,
+    **dict.fromkeys(("mnist_cvae", "mnist_hvae", "collapse_training"), figures),
 }
 
 

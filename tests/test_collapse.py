@@ -150,6 +150,18 @@ def test_active_units_and_turned_latents(rng, kind):
     assert units.sum() == wanted and units[:wanted].all()
 
 
+@pytest.mark.parametrize("kind", ["full", "general"])
+def test_turned_latents_of_the_second_level(rng, kind):
+    """At a random point: the loss stays, and the decoder's columns are orthogonal."""
+    problem = hvae(rng, 2, (2, 3), ("isotropic", kind))
+    point = GaussianLike(problem.like, 0.7, 0.4)(jr.key(1))
+    back_energy, back = collapse.turned(problem.energy, point)
+    np.testing.assert_allclose(back_energy(back), problem.energy(point), rtol=1e-12)
+    inner = back.decoder_2.matrix().T @ back.decoder_2.matrix()
+    np.testing.assert_allclose(inner, jnp.diag(jnp.diagonal(inner)), atol=1e-12)
+    assert (jnp.diff(jnp.diagonal(inner)) <= 1e-12).all()
+
+
 def test_conditional_code_counts_both_inputs(rng):
     moments = joint_moments(rng, 2, 2)
     energy = ConditionalELBO(moments, beta=0.3)

@@ -19,6 +19,8 @@ NAMES = (
     "nonlinear_cvae",
     "own",
     "mnist_cvae",
+    "mnist_hvae",
+    "collapse_training",
 )
 STUDIES = ("convergence", "saddle_avoidance", "own")
 TRAINED = ("nonlinear_cvae",)
@@ -56,6 +58,14 @@ SIZES = {
     "nonlinear_cvae": {
         "quick": {"draws": 1, "width": 64, "steps": 400},
         "full": {"draws": 10, "width": 512, "steps": 20_000},
+    },
+    "mnist_hvae": {
+        "quick": {"latents": 4, "modes": 4, "marks": [1, 4], "updates": 1000},
+        "full": {"latents": 64, "modes": 64, "marks": [1, 2, 4, 8, 16, 32, 64]},
+    },
+    "collapse_training": {
+        "quick": {"draws": 1, "dimension": 4, "latents": 2, "updates": 1000},
+        "full": {"draws": 32},
     },
     "escape": {"quick": {"draws": 2}, "full": {"draws": 64}},
 }

@@ -78,11 +78,11 @@ def _notes(sides: list[Side]) -> list[str]:
             end.active == side.active for side in sides for end in side.ends[method]
         ]
         lines.append(f"{method}: as many active as in theory, {fraction(flags)}")
-    known = [side.certified(end) for side in sides for end in side.ends["flow"]]
+    known = [end.certified for side in sides for end in side.ends["flow"]]
     lines.append(f"flow: certified at the minimum, {fraction(known)}")
     for side in sides:
         for draw, end in enumerate(side.ends["flow"]):
-            if not side.certified(end):
+            if not end.certified:
                 lines.append(
                     f"{side.side} {side.place.what}, draw {draw}: "
                     + describe(end.verdict)
@@ -114,11 +114,19 @@ def _count_panel(problem: AbstractProblem, sides: list[Side]) -> dict[str, Any]:
         ],
         "points": True,
         "lines": [{"x": grid, "y": counts}],
+        "xticks": _ticks(values),
         "xlabel": problem.name,
         "ylabel": f"latents above {CUT:g} nats",
         "xscale": "log",
         "yscale": "linear",
     }
+
+
+def _ticks(values: np.ndarray) -> np.ndarray:
+    """1, 2 and 5 times powers of ten within the range of some values."""
+    powers = 10.0 ** np.arange(np.floor(np.log10(values[0])), np.log10(values[-1]) + 1)
+    ticks = np.sort(np.concatenate([powers, 2 * powers, 5 * powers]))
+    return ticks[(ticks >= 0.95 * values[0]) & (ticks <= 1.05 * values[-1])]
 
 
 def active_in_theory(problem: AbstractProblem, value: float) -> int:
@@ -152,6 +160,7 @@ def _nats_panel(
         ],
         "points": True,
         "lines": [{"x": grid, "y": known[:, mode]} for mode in modes],
+        "xticks": _ticks(values),
         "xlabel": problem.name,
         "ylabel": "KL from the prior (nats)",
         "xscale": "log",

@@ -135,6 +135,11 @@ class Ended(NamedTuple):
     def active(self) -> int:
         return int((self.nats > CUT).sum())
 
+    @property
+    def certified(self) -> bool:
+        """Of a flow: that it goes to a global minimum."""
+        return names_of(KIND, self.verdict.kind)[()] == "global_minimum"
+
 
 class Side(NamedTuple):
     """One side of a place: what theory says, and the draws of each method."""
@@ -147,7 +152,6 @@ class Side(NamedTuple):
 
     def row(self, name: str) -> dict[str, Any]:
         flow, adam = (self.ends[method] for method in METHODS)
-        certified = [self.certified(end) for end in flow]
         return {
             "at": self.place.what,
             "its value": self.place.value,
@@ -155,7 +159,7 @@ class Side(NamedTuple):
             name: self.value,
             "active in theory": self.active,
             "draws": len(flow),
-            "flow: certified": int(np.sum(certified)),
+            "flow: certified": sum(end.certified for end in flow),
             "flow: right": self.right("flow"),
             "flow: active": _span([end.active for end in flow]),
             "flow: D_MA": max(end.distance for end in flow),
@@ -167,10 +171,6 @@ class Side(NamedTuple):
 
     def right(self, method: str) -> int:
         return sum(end.active == self.active for end in self.ends[method])
-
-    @staticmethod
-    def certified(end: Ended) -> bool:
-        return names_of(KIND, end.verdict.kind)[()] == "global_minimum"
 
 
 def beside(value: float, others: np.ndarray, apart: float) -> tuple[float, float]:

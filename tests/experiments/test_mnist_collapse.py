@@ -9,7 +9,7 @@ import pytest
 
 from gradflow import plot
 from gradflow.datasets import mnist
-from gradflow.experiments import mnist_cvae
+from gradflow.experiments import mnist_cvae, mnist_hvae
 from gradflow.experiments.sides import beside
 from gradflow.initial import GaussianLike
 from gradflow.models import ConditionalELBO, LinearCVAE, LinearMap
@@ -21,6 +21,7 @@ MARKS = (1, 2, 4, 8, 16, 32, 64)
 
 def check(report):
     """All sides right by both methods, all of the flow certified."""
+    print(report.table(), report.notes)
     for row in report.rows:
         assert row["flow: right"] == row["flow: certified"] == row["draws"], row
         assert row["Adam: right"] == row["draws"], row
@@ -50,13 +51,35 @@ def test_quadrants_in_short(tmp_path):
 @pytest.mark.slow
 def test_quadrants():
     report = mnist_cvae.run(mnist_cvae.Config(), progress=False)
-    print(report.table(), report.notes)
     rows = check(report)
     wanted = (3.3311, 2.0862, 1.5860, 0.84417, 0.43507, 0.19450, 0.061919)
     found = [row["its value"] for row in rows[::2]]
     np.testing.assert_allclose(found, wanted, rtol=5e-5)
     counts = [row["active in theory"] for row in rows]
     assert counts == [count for mark in MARKS for count in (mark, mark - 1)]
+
+
+@pytest.mark.slow
+def test_images_in_short(tmp_path):
+    """Below 1 all of z_2 is active, above as many as there are theta above."""
+    config = mnist_hvae.Config(
+        latents=4, modes=4, marks=(1, 4), updates=1000, watched=30.0
+    )
+    report = mnist_hvae.run(config, progress=False)
+    assert [row["active in theory"] for row in check(report)] == [1, 0, 4, 3]
+    assert all(path.stat().st_size > 10_000 for path in plot.save(report, tmp_path))
+
+
+@pytest.mark.slow
+def test_images():
+    rows = check(mnist_hvae.run(mnist_hvae.Config(), progress=False))
+    found = [row["its value"] for row in rows[::2]]
+    wanted = (6.1718, 2.0953, 1.7960, 1.2394, 1.0, 0.88623, 0.58468)
+    np.testing.assert_allclose(found, wanted, rtol=5e-5)
+    assert rows[8]["at"] == "threshold of modes 16, 32"
+    counts = [row["active in theory"] for row in rows]
+    # All that are left die at 1, and nothing happens at theta < 1.
+    assert counts == [1, 0, 2, 1, 4, 3, 8, 7, 32, 12, 32, 32, 32, 32]
 
 
 @pytest.mark.slow
@@ -123,3 +146,8 @@ def test_problem_is_that_of_all_pixels():
 def test_bad_input(settings, message):
     with pytest.raises(ValueError, match=message):
         mnist_cvae.Config(**settings)
+
+
+def test_no_more_directions_than_images_have():
+    with pytest.raises(ValueError, match="modes must be <= 712, got 713"):
+        mnist_hvae.Config(modes=713)

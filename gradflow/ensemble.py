@@ -36,9 +36,9 @@ from .types import Key, P
 QUEUE = 128
 MEMORY = 2**28
 STATE = 8
-# The share of lanes that must have ended before they begin anew: a larger one leaves
-# more lanes idle, a smaller one starts so few at once that vectors stay empty.
-SHARE = 16
+# One lane in so many must have ended before the ended ones begin anew: the fewer must,
+# the fewer idle, but to begin has a price of its own.
+SHARE = 32
 
 
 def descend(

@@ -184,7 +184,7 @@ def test_em_smoke(tmp_path):
     pytest.importorskip("sklearn")
     document, table, printed = smoke("em", tmp_path)
     rows = document["rows"]
-    assert {row["part"] for row in rows} == {"one fit", "many starts"}
+    assert {row["part"] for row in rows} == {"one fit", "many starts", "CCA"}
     assert all(row["ms per fit"] > 0 for row in rows) and table in printed
 
 

@@ -1,10 +1,12 @@
 """Figures: a `Report` drawn. Theory is a thin black line, measurement is color."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .image_plot import mosaics
 from .phase_plot import activation, phases, show_ticks
 from .report import Report
 from .share_plot import shares
@@ -364,14 +366,13 @@ def _numbers(values: Any) -> np.ndarray:
 # The figure of each experiment.
 FIGURES = {
     "convergence": convergence,
-    "figures": figures,
     "saddle_avoidance": saddle_avoidance,
     "equivalence": equivalence,
     "escape": escape,
     "em_versus_flow": em_versus_flow,
     "posterior_collapse": posterior_collapse,
-    "flow_versus_training": figures,
-    "nonlinear_cvae": figures,
+    **dict.fromkeys(("figures", "flow_versus_training", "nonlinear_cvae"), figures),
+    "nonlinear_hvae": partial(mosaics, curves=curves, style=STYLE),
     "own": own,
     **dict.fromkeys(("mnist_cvae", "mnist_hvae", "collapse_training"), figures),
 }

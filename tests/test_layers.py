@@ -44,6 +44,7 @@ LEVELS = {
     "verifying": 12,
     "sequential": 12,
     "phase_plot": 0,
+    "image_plot": 0,
     "share_plot": 0,
     "plot": 12,
     "study_checks": 12,

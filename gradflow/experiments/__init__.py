@@ -17,13 +17,14 @@ NAMES = (
     "posterior_collapse",
     "flow_versus_training",
     "nonlinear_cvae",
+    "nonlinear_hvae",
     "own",
     "mnist_cvae",
     "mnist_hvae",
     "collapse_training",
 )
 STUDIES = ("convergence", "saddle_avoidance", "own")
-TRAINED = ("nonlinear_cvae",)
+TRAINED = ("nonlinear_cvae", "nonlinear_hvae")
 SIZES = {
     "convergence": {
         "quick": {"draws": 32, "batch": 32, "curves": 2},
@@ -66,6 +67,10 @@ SIZES = {
     "collapse_training": {
         "quick": {"draws": 1, "dimension": 4, "latents": 2, "updates": 1000},
         "full": {"draws": 32},
+    },
+    "nonlinear_hvae": {
+        "quick": {"width": 64, "steps": 200, "beta_1": [1.0], "beta_2": [0.5, 5.0]},
+        "full": {"draws": 3, "width": 512, "steps": 20_000},
     },
     "escape": {"quick": {"draws": 2}, "full": {"draws": 64}},
 }

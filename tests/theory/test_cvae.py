@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from elbo_problems import (
     agrees,
+    all_global,
+    counted,
     cvae,
     FIXED,
     joint_moments,
@@ -17,7 +19,7 @@ from elbo_problems import (
 )
 
 from gradflow import collapse
-from gradflow.critical import classify, KIND
+from gradflow.critical import classify
 from gradflow.datasets import mnist
 from gradflow.flow import GradientFlow
 from gradflow.initial import GaussianLike
@@ -26,7 +28,6 @@ from gradflow.moments import Moments
 from gradflow.solve import Integrator
 from gradflow.study import run_study, Study
 from gradflow.theory import CVAETheory
-from gradflow.types import names_of
 
 
 C_XX = np.array([[1.0, 0.3], [0.3, 0.8]])
@@ -52,39 +53,31 @@ def rng():
 def test_minimum_against_strong_minimization(
     rng, kind, sizes, rank_x, learn_decoder, hidden
 ):
-    for _ in range(2):
-        x, y, latent = sizes
-        problem = cvae(
-            rng,
-            x,
-            y,
-            latent,
-            kind,
-            rank_x=rank_x,
-            learn_decoder=learn_decoder,
-            hidden=hidden,
-        )
-        spectra_agree(problem, *agrees(problem, rng))
+    options = {"rank_x": rank_x, "learn_decoder": learn_decoder, "hidden": hidden}
+    with counted():
+        for _ in range(2):
+            problem = cvae(rng, *sizes, kind, **options)
+            spectra_agree(problem, *agrees(problem, rng))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*LEARNED, *FIXED])
 @pytest.mark.parametrize("learn_decoder", [False, True])
 @pytest.mark.parametrize("sizes", [(3, 3, 2, None), (2, 3, 4, None), (4, 2, 1, 2)])
-def test_minimum_of_many_problems(rng, kind, learn_decoder, sizes):
+def test_strong_minimization_of_many_problems(rng, kind, learn_decoder, sizes):
     """2 x 6 x 2 x 3 = 72 problems, but for those refused as unbounded."""
     x, y, latent, rank_x = sizes
-    for _ in range(2):
-        problem = cvae(
-            rng, x, y, latent, kind, rank_x=rank_x, learn_decoder=learn_decoder
-        )
-        try:
-            problem.theory(problem.energy)
-        except ValueError as refusal:
-            assert learn_decoder and "unbounded below" in str(refusal)
-            assert latent >= y
-            continue
-        spectra_agree(problem, *agrees(problem, rng))
+    options = {"rank_x": rank_x, "learn_decoder": learn_decoder}
+    with counted():
+        for _ in range(2):
+            problem = cvae(rng, x, y, latent, kind, **options)
+            try:
+                problem.theory(problem.energy)
+            except ValueError as refusal:
+                assert learn_decoder and "unbounded below" in str(refusal)
+                assert latent >= y
+                continue
+            spectra_agree(problem, *agrees(problem, rng))
 
 
 def test_worked_example():
@@ -147,7 +140,7 @@ def certified(problem, draws):
         ),
         jr.key(4),
     )
-    assert (names_of(KIND, outcome.finding.kind) == "global_minimum").all()
+    all_global(outcome)
 
 
 @pytest.mark.slow

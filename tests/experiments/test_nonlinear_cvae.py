@@ -13,12 +13,12 @@ from gradflow.experiments.nonlinear_cvae import Config, run
 def test_networks_in_short_stopped_and_resumed(tmp_path, capsys, monkeypatch):
     """By the command line; what was stopped ends at the same table."""
     command = (
-        "run nonlinear_cvae --digits 1 6 --draws 1 --width 32 --depth 1 --steps 300 "
-        "--every 100 --latents 4 --epsilon 0.02"
+        "run nonlinear_cvae --digits 1 6 --draws 1 --width 32 --depth 1 --steps 900 "
+        "--every 200 --latents 4 --epsilon 0.02 --rate 3e-3"
     ).split()
     report = run(
         Config(
-            digits=(1, 6), draws=1, width=32, depth=1, steps=300, latents=4,
+            digits=(1, 6), draws=1, width=32, depth=1, steps=900, rate=3e-3, latents=4,
             epsilon=0.02,
         ),
         progress=False,
@@ -34,7 +34,7 @@ def test_networks_in_short_stopped_and_resumed(tmp_path, capsys, monkeypatch):
 
     def write(self, step, arrays):
         whole(self, step, arrays)
-        if self.path.parent.name == "digit-6" and step == 200:
+        if self.path.parent.name == "digit-6" and step == 400:
             raise KeyboardInterrupt
 
     whole = Checkpoint.write

@@ -45,6 +45,7 @@ from .initial import (
 )
 from .iterate import iterate as iterate, Iterator as Iterator
 from .moments import Moments as Moments
+from .precision import precision as precision
 from .report import read_report as read_report, Report as Report
 from .sequential import (
     Decided as Decided,
@@ -64,7 +65,6 @@ from .store.folder import Store as Store
 from .store.merging import merge as merge
 from .study import (
     Outcome as Outcome,
-    precision as precision,
     run_studies as run_studies,
     run_study as run_study,
     Study as Study,

@@ -15,6 +15,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from .arguments import checked_fields
 from .models.linear import DeepLinear, invariants
 
 
@@ -28,6 +29,7 @@ LIFTED = 1e-6
 SHARE = 0.1
 
 
+@checked_fields
 class Audit(eqx.Module):
     """Made from a run's start; tells of each later point what it breaks.
 

@@ -9,7 +9,9 @@ import jax.flatten_util
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jaxtyping import Array, Float, PyTree
 
+from .arguments import checked_arguments
 from .manifolds.base import AbstractManifold
 from .models.base import AbstractEnergy
 from .precision import converted, precision
@@ -22,6 +24,7 @@ SLOPE = 1e-6
 # Of what is equal but for rounding, relative.
 ROUNDING = 1e-9
 DIRECTIONS = 3
+Point = PyTree[Float[Array, "..."]]
 
 
 class Check(eqx.Module):
@@ -91,7 +94,8 @@ class Checking:
         return Certificate(self._name, tuple(self._checks))
 
 
-def check_energy(energy: AbstractEnergy, point: Any, key: Key) -> Certificate:
+@checked_arguments
+def check_energy(energy: AbstractEnergy, point: Point, key: Key) -> Certificate:
     """Certifies an energy at a point: a finite number, the same each time and when
     compiled, whose `differential` is its derivative."""
     with precision("float64"):
@@ -129,8 +133,9 @@ def check_energy(energy: AbstractEnergy, point: Any, key: Key) -> Certificate:
         return checking.certificate()
 
 
+@checked_arguments
 def check_manifold(
-    manifold: AbstractManifold, energy: AbstractEnergy, point: Any, key: Key
+    manifold: AbstractManifold, energy: AbstractEnergy, point: Point, key: Key
 ) -> Certificate:
     """Certifies a manifold at one of its points, with any energy on it: a chart that
     stays on it, a metric, and the gradient that belongs to that metric."""
@@ -205,6 +210,7 @@ def check_manifold(
         return checking.certificate()
 
 
+@checked_arguments
 def check_initializer(initialize: Callable[[Key], Any], key: Key) -> Certificate:
     """Certifies a start: finite floating arrays that depend on the key, and on nothing
     else, and are the same in a batch."""
@@ -241,6 +247,7 @@ def check_initializer(initialize: Callable[[Key], Any], key: Key) -> Certificate
         return checking.certificate()
 
 
+@checked_arguments
 def check_descent(
     descend: Callable[[Any], Solution],
     initialize: Callable[[Key], Any],

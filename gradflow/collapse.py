@@ -17,6 +17,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .arguments import check_range, check_sides, checked_arguments
 from .models.cvae import ConditionalELBO, LinearCVAE
 from .models.hvae import HierarchicalELBO, LinearHVAE
 from .models.linear import LinearMap
@@ -33,9 +34,12 @@ from .types import Scalar
 
 # What the literature calls an active unit varies by more than this over the data.
 ACTIVE = 1e-2
+ELBO = NegativeELBO | ConditionalELBO | HierarchicalELBO
+VAE = LinearVAE | LinearCVAE | LinearHVAE
 
 
-def code(energy: Any, point: Any) -> Float[Array, "latent latent"]:
+@checked_arguments
+def code(energy: ELBO, point: VAE) -> Float[Array, "latent latent"]:
     r"""$\mathbb{E} \mu \mu^\top$, the second moment of the posterior means of z (of
     $z_1$ in a hierarchical VAE) over the data."""
     moments = energy.moments
@@ -52,6 +56,7 @@ def code(energy: Any, point: Any) -> Float[Array, "latent latent"]:
     return encoder.matrix() @ moments.xx @ encoder.matrix().T
 
 
+@checked_arguments
 def kl(
     energy: NegativeELBO | ConditionalELBO, point: LinearVAE | LinearCVAE
 ) -> Float[Array, " latent"]:
@@ -68,6 +73,7 @@ def kl(
     )
 
 
+@checked_arguments
 def kl_hierarchical(
     energy: HierarchicalELBO, point: LinearHVAE
 ) -> tuple[Float[Array, " latent_1"], Float[Array, " latent_2"]]:
@@ -93,6 +99,7 @@ def kl_hierarchical(
     )
 
 
+@checked_arguments
 def kl_samples(
     energy: NegativeELBO | ConditionalELBO,
     point: LinearVAE | LinearCVAE,
@@ -105,6 +112,12 @@ def kl_samples(
         wanted = "the rows of x and of y" if conditional else "the rows of x"
         raise ValueError(f"data are {len(data)} arrays: give {wanted}")
     encoders = (point.encoder_x, point.encoder_y) if conditional else (point.encoder,)
+    sizes = tuple(encoder.matrix().shape[1] for encoder in encoders)
+    if tuple(rows.shape[1] for rows in data) != sizes:
+        raise ValueError(
+            f"data have {tuple(rows.shape[1] for rows in data)} columns: the encoders "
+            f"take {sizes}"
+        )
     codes = [
         rows @ encoder.matrix().T for rows, encoder in zip(data, encoders, strict=True)
     ]
@@ -114,6 +127,7 @@ def kl_samples(
     return gaussian_kl(own, means**2, energy.prior_std**2)
 
 
+@checked_arguments
 def is_collapsed(
     divergences: Float[Array, "samples latent"], epsilon: float, delta: float
 ) -> Bool[Array, " latent"]:
@@ -125,9 +139,11 @@ def is_collapsed(
     if not epsilon > 0:
         raise ValueError(f"epsilon must be > 0, got {epsilon}")
     _check_delta(delta)
+    check_sides("divergences", divergences)
     return jnp.mean(divergences < epsilon, axis=0) >= 1 - delta
 
 
+@checked_arguments
 def collapse_level(
     divergences: Float[Array, "samples latent"], delta: float
 ) -> Float[Array, " latent"]:
@@ -137,21 +153,25 @@ def collapse_level(
     **Raises:** `ValueError` unless 0 <= delta < 1.
     """
     _check_delta(delta)
+    check_sides("divergences", divergences)
     count = len(divergences)
     # Not one more for what 1 - delta was rounded by.
     place = math.ceil((1 - delta) * count * (1 - 1e-12))
     return jnp.sort(divergences, axis=0)[max(place, 1) - 1]
 
 
+@checked_arguments
 def active_units(
-    energy: Any, point: Any, threshold: float = ACTIVE
+    energy: ELBO, point: VAE, threshold: float = ACTIVE
 ) -> Bool[Array, " latent"]:
     r"""Which latents have $\mathbb{E}\mu_i^2$ above a threshold: for centered data,
     those whose posterior mean varies by that much."""
+    check_range("threshold", threshold, open_end=False)
     return jnp.diagonal(code(energy, point)) > threshold
 
 
-def spectra(energy: Any, point: Any) -> dict[str, Float[Array, " latent"]]:
+@checked_arguments
+def spectra(energy: ELBO, point: VAE) -> dict[str, Float[Array, " latent"]]:
     r"""The singular values of decoders and of whitened encoders, and the eigenvalues of
     covariances, largest first: what `theory.spectra()` has of the minimum."""
     if isinstance(point, LinearHVAE):
@@ -179,6 +199,7 @@ def spectra(energy: Any, point: Any) -> dict[str, Float[Array, " latent"]]:
     return found
 
 
+@checked_arguments
 def spectral_distance(
     one: Float[Array, " values"], other: Float[Array, " others"]
 ) -> Scalar:
@@ -188,13 +209,14 @@ def spectral_distance(
     """
     if one.shape != other.shape:
         raise ValueError(
-            f"the spectra have {one.size} and {other.size} values: fill up the shorter "
-            "one with zeros if it lacks them"
+            f"one and other have {one.size} and {other.size} values: fill up the "
+            "shorter one with zeros if it lacks them"
         )
     return jnp.mean(jnp.abs(jnp.sort(one) - jnp.sort(other)))
 
 
-def turned(energy: Any, point: Any) -> tuple[Any, Any]:
+@checked_arguments
+def turned(energy: ELBO, point: VAE) -> tuple[Any, Any]:
     r"""The energy and the point in coordinates of z (of $z_2$ in a hierarchical VAE)
     where $U^\top U$ is diagonal, largest first: an orthogonal change, which alters
     neither loss nor prior.

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from .arguments import check_range, checked_arguments
 from .flow import AbstractFlow
+from .models.base import check_point
 from .solution import Solution
 from .theory.base import AbstractTheory
 from .types import names_of, P, Scalar
@@ -77,6 +79,7 @@ class CriticalPoint(eqx.Module):
     limited_at: Scalar
 
 
+@checked_arguments
 def classify(
     flow: AbstractFlow[P],
     theory: AbstractTheory[P],
@@ -113,6 +116,9 @@ def classify(
     *Reference:* rules 2 to 4 are those of the theory.
     """
     point = cast(P, at.point if isinstance(at, Solution) else at)
+    check_point("at", flow.energy, point)
+    for name, number in (("speed_tol", speed_tol), ("curvature_tol", curvature_tol)):
+        check_range(name, number)
     stayed = at.distance <= STAYED if isinstance(at, Solution) else jnp.array(True)
     energy, speed = flow.energy(point), flow.speed(point)
     leaves = jax.tree.leaves(point)
@@ -198,6 +204,7 @@ def _obstruction(limit, obstructed):
     )
 
 
+@checked_arguments
 def describe(finding: CriticalPoint) -> str:
     """One sentence on one verdict: what, why, and what to do if it is open."""
     name = names_of(KIND, finding.kind)[()]

@@ -15,6 +15,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
 
+from .arguments import checked_arguments
 from .moments import Moments
 from .spectrum import cutoff
 from .types import Key
@@ -103,6 +104,7 @@ def _mnist_sums(digits: Sequence[int]) -> tuple[np.ndarray, int]:
     return sums + np.tril(sums, -1).T, count
 
 
+@checked_arguments
 def mnist_images(
     path: str | Path, *, split: Literal["train", "test"] = "train"
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -146,6 +148,7 @@ def _idx(folder: Path, name: str) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
+@checked_arguments
 def gaussian(key: Key, dimension: int, samples: int) -> Moments:
     r"""An autoencoding problem with inputs $x \sim N(0, I / d)$ in $d$ dimensions.
 
@@ -159,6 +162,7 @@ def gaussian(key: Key, dimension: int, samples: int) -> Moments:
     return Moments(xx, xx, xx, int(samples), autoencoding=True)
 
 
+@checked_arguments
 def teacher(
     key: Key, x_dim: int, y_dim: int, rank: int, samples: int, *, noise: float = 0.0
 ) -> Moments:
@@ -188,6 +192,7 @@ def teacher(
     return Moments(xx, xy, yy, int(samples))
 
 
+@checked_arguments
 def prescribed(
     singular_values: Sequence[float | int] | np.ndarray | Float[Array, " modes"],
     *,

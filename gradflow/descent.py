@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .arguments import check_whole, checked_fields
 from .flow import AbstractFlow
 from .solution import RESULTS, Solution, SUCCESSFUL
 from .solvers.chebyshev import RKC2
@@ -107,6 +108,7 @@ class AbstractDescent(eqx.Module, Generic[P]):
         """What there is to say of a run, over or not."""
 
 
+@checked_fields
 class Descent(AbstractDescent[P]):
     """A flow descended by one diffrax solver.
 
@@ -127,18 +129,15 @@ class Descent(AbstractDescent[P]):
     audit: Callable[[P], Callable[[P], dict[str, Bool[Array, ""]]]] | None = None
     patience: int | None = eqx.field(static=True, default=None)
 
+    def __check_init__(self):
+        check_whole("patience", self.patience)
+
     def init(self, point: P, time: Scalar) -> State[P]:
         """A run that starts at `point`."""
         terms, zero = self._terms(), jnp.zeros_like(time)
         first, control_state = self.control.init(
-            terms,
-            zero,
-            zero + 1,
-            point,
-            None,
-            None,
-            self.solver.func,
-            self.error_order(),
+            *(terms, zero, zero + 1, point, None, None),
+            *(self.solver.func, self.error_order()),
         )
         first = coarse(jnp.asarray(first, dtype=time.dtype))
         # The very first call decides the shapes; its numbers are read again by `step`.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .arguments import checked_arguments, checked_fields
 from .models.base import AbstractEnergy, AbstractLatentEnergy
 from .models.factor import LatentGaussian, NegativeLogLikelihood, Statistics
 from .noise import Block, Full
@@ -36,6 +37,7 @@ class AbstractIteration(eqx.Module, Generic[P]):
         return distance(self.step(point), point)
 
 
+@checked_fields
 class ExpectationMaximization(AbstractIteration[P]):
     """EM: an E-step and the M-step that belongs to it.
 
@@ -48,6 +50,7 @@ class ExpectationMaximization(AbstractIteration[P]):
         return self.energy.m_step(point, self.energy.e_step(point))
 
 
+@checked_fields
 class ExpandedMaximization(AbstractIteration[LatentGaussian]):
     r"""EM in a larger model, whose latent variables may have any covariance within each
     group that has one pattern of loadings. Its M-step estimates it as
@@ -70,6 +73,7 @@ class ExpandedMaximization(AbstractIteration[LatentGaussian]):
         return LatentGaussian(loadings, found.noise)
 
 
+@checked_fields
 class AlternatingMaximization(AbstractIteration[LatentGaussian]):
     r"""The alternating scheme for inter-battery factor analysis: in each of three parts
     another set of variables is taken for latent, and another part of the point moves.
@@ -151,6 +155,7 @@ class Squarem(AbstractIteration[P]):
     iteration: AbstractIteration[P]
     energy: AbstractEnergy[P]
 
+    @checked_arguments
     def __init__(self, iteration: AbstractIteration[P]):
         self.iteration, self.energy = iteration, iteration.energy
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from .arguments import check_one_of, check_range, check_whole
 from .em import ExpandedMaximization, Squarem
 from .iterate import iterate
 from .models.factor import LatentGaussian, NegativeLogLikelihood
@@ -194,10 +195,9 @@ class FactorAnalysis:
 
     def _checked(self) -> int:
         for name, allowed in (("noise", NOISES), ("rotation", ROTATIONS)):
-            value = getattr(self, name)
-            if value not in allowed:
-                listed = ", ".join(map(str, allowed))
-                raise ValueError(f"{name}={value!r} must be one of {listed}")
+            check_one_of(name, getattr(self, name), allowed)
+        check_range("tol", self.tol)
+        check_whole("max_iter", self.max_iter)
         latents = self.n_components
         if latents is None:
             return self.n_features_in_
@@ -215,7 +215,12 @@ class FactorAnalysis:
         scales = jnp.diagonal(energy.covariance)
         variances = 0.5 * scales
         if self.noise_variance_init is not None:
-            given = np.asarray(self.noise_variance_init, dtype=float)
+            given = np.asarray(self.noise_variance_init)
+            if given.dtype.kind not in "iuf":
+                raise ValueError(
+                    f"noise_variance_init must be real numbers, got {given.dtype}"
+                )
+            given = given.astype(float)
             if given.shape != scales.shape:
                 raise ValueError(
                     f"noise_variance_init has shape {given.shape}: give one number for "

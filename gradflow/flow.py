@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from .arguments import checked_fields
 from .manifolds.base import AbstractManifold
 from .manifolds.euclidean import Euclidean
 from .models.base import AbstractEnergy
@@ -34,6 +35,7 @@ class AbstractFlow(eqx.Module, Generic[P]):
         return jnp.sqrt(self.manifold.inner(point, velocity, velocity))
 
 
+@checked_fields
 class GradientFlow(AbstractFlow[P]):
     r"""$\dot x = -\mathrm{grad}\,E(x)$."""
 

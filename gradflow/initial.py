@@ -6,6 +6,7 @@ Each is a callable of one key, to be given to a `Study` as `initialize`.
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,11 +16,20 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from .arguments import checked_fields
 from .models.linear import AbstractLinearNetwork, DeepLinear
 from .models.low_rank import LowRank
 from .types import Key
 
 
+def _as_widths(widths) -> Any:
+    try:
+        return tuple(widths)
+    except TypeError:
+        return widths, None  # refused by name
+
+
+@checked_fields
 class GaussianInit(eqx.Module):
     """Independent entries $N(0, \\text{scale}^2)$.
 
@@ -27,7 +37,7 @@ class GaussianInit(eqx.Module):
     that is not a finite number > 0.
     """
 
-    widths: tuple[int, ...] = eqx.field(static=True, converter=tuple)
+    widths: tuple[int, ...] = eqx.field(static=True, converter=_as_widths)
     scale: float | Float[Array, ""]
 
     def __check_init__(self):
@@ -51,6 +61,7 @@ class GaussianInit(eqx.Module):
         )
 
 
+@checked_fields
 class GaussianLike(eqx.Module):
     """A given point, with independent entries $N(0, \\text{scale}^2)$ in its linear
     maps. What is no linear map, such as variances, stays, or is moved by
@@ -89,6 +100,7 @@ class GaussianLike(eqx.Module):
         return jax.tree.map(moved, self.point, moves, is_leaf=is_map)
 
 
+@checked_fields
 class OrthogonalInit(eqx.Module):
     """Each factor `scale` times a uniformly random matrix with orthonormal rows or
     columns.
@@ -96,7 +108,7 @@ class OrthogonalInit(eqx.Module):
     **Raises:** as `GaussianInit`.
     """
 
-    widths: tuple[int, ...] = eqx.field(static=True, converter=tuple)
+    widths: tuple[int, ...] = eqx.field(static=True, converter=_as_widths)
     scale: float | Float[Array, ""]
 
     def __check_init__(self):
@@ -111,6 +123,7 @@ class OrthogonalInit(eqx.Module):
         return DeepLinear(tuple(weights))
 
 
+@checked_fields
 class BalancedInit(eqx.Module):
     r"""Balanced factors of a given matrix: $W_j = T_j\,\mathrm{diag}(s^{1/N})\,
     T_{j-1}^\top$ with $W = U\,\mathrm{diag}(s)\,V^\top$, $T_0 = V$, $T_N = U$ and
@@ -122,7 +135,7 @@ class BalancedInit(eqx.Module):
     *Reference:* Bah et al. 2020, section 2 (balanced starts).
     """
 
-    widths: tuple[int, ...] = eqx.field(static=True, converter=tuple)
+    widths: tuple[int, ...] = eqx.field(static=True, converter=_as_widths)
     product: Float[Array, "y x"]
 
     def __check_init__(self):
@@ -161,6 +174,7 @@ class BalancedInit(eqx.Module):
         )
 
 
+@checked_fields
 class LowRankInit(eqx.Module):
     """The best approximation of rank `rank` to a matrix of independent entries
     $N(0, \\text{scale}^2)$, as a `LowRank` point. Its factors,
@@ -170,14 +184,14 @@ class LowRankInit(eqx.Module):
     is from 1 to the smaller one, and the scale is a finite number > 0.
     """
 
-    shape: tuple[int, ...] = eqx.field(static=True, converter=tuple)
+    shape: tuple[int, ...] = eqx.field(static=True, converter=_as_widths)
     rank: int = eqx.field(static=True)
     scale: float | Float[Array, ""]
 
     def __check_init__(self):
         if len(self.shape) != 2:
             raise ValueError(f"shape={self.shape} must be two numbers: (y, x)")
-        _check_widths(self.shape)
+        _check_widths(self.shape, "shape")
         _check_scale(self.scale)
         if isinstance(self.rank, bool) or not isinstance(self.rank, (int, np.integer)):
             raise ValueError(f"rank must be a whole number, got {self.rank!r}")
@@ -208,7 +222,7 @@ class OrthonormalBalancedInit(eqx.Module):
     and the condition claimed there holds only if $V_0 = V_N$.
     """
 
-    widths: tuple[int, ...] = eqx.field(static=True, converter=tuple)
+    widths: tuple[int, ...] = eqx.field(static=True, converter=_as_widths)
 
     def __check_init__(self):
         _check_widths(self.widths)
@@ -234,6 +248,7 @@ class OrthonormalBalancedInit(eqx.Module):
         )
 
 
+@checked_fields
 class NearPoint(eqx.Module):
     """A given point moved by exactly `distance` (Euclidean, over all entries): in a
     random direction, or along `direction` if there is one.
@@ -253,6 +268,12 @@ class NearPoint(eqx.Module):
                 raise ValueError(
                     f"distance must be a finite number >= 0, got {self.distance!r}"
                 )
+        of = jax.tree.structure(self.point)
+        if self.direction is not None and jax.tree.structure(self.direction) != of:
+            raise ValueError(
+                f"direction is a {type(self.direction).__name__} and point a "
+                f"{type(self.point).__name__}: both need the same arrays"
+            )
         moves = jax.tree.leaves(self.direction)
         known = not any(isinstance(move, jax.core.Tracer) for move in moves)
         if moves and known and not any(np.any(move) for move in moves):
@@ -320,16 +341,18 @@ def _frame(key, rows, columns):
     return q * jnp.sign(jnp.diagonal(r))[None, :]
 
 
-def _check_widths(widths):
+def _check_widths(widths, name="widths"):
+    if widths[1:] == (None,):
+        raise ValueError(f"{name} must be a list of whole numbers, got {widths[0]!r}")
     if len(widths) < 2:
         raise ValueError(
-            f"widths={widths} needs at least two numbers: inputs and outputs"
+            f"{name}={widths} needs at least two numbers: inputs and outputs"
         )
     for width in widths:
         if isinstance(width, bool) or not isinstance(width, (int, np.integer)):
-            raise ValueError(f"widths={widths} must be whole numbers, got {width!r}")
+            raise ValueError(f"{name}={widths} must be whole numbers, got {width!r}")
         if width < 1:
-            raise ValueError(f"widths={widths} must all be >= 1, got {width}")
+            raise ValueError(f"{name}={widths} must all be >= 1, got {width}")
 
 
 def _check_scale(scale, name="scale"):

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .arguments import checked_arguments, checked_fields
 from .descent import AbstractDescent, all_finite, End, State
 from .em import AbstractIteration, distance
-from .models.base import AbstractLatentEnergy
+from .models.base import AbstractLatentEnergy, check_point
 from .solution import raise_failure, RESULTS, Solution, SUCCESSFUL
 from .solve import check_positive, checked_dtype, observed, run
 from .types import P, Scalar
@@ -146,6 +147,7 @@ class Stepwise(AbstractDescent[P]):
         )
 
 
+@checked_fields
 class Iterator(eqx.Module, Generic[P]):
     """How to iterate: all of `iterate`'s arguments but the start.
 
@@ -201,6 +203,7 @@ class Iterator(eqx.Module, Generic[P]):
         return jnp.asarray(jnp.inf, dtype)
 
 
+@checked_arguments
 def iterate(
     iteration: AbstractIteration[P],
     point0: P,
@@ -239,6 +242,7 @@ def iterate(
     """
     iterator = Iterator(iteration, tolerance, stop, max_steps, slack, gain)
     dtype = checked_dtype(point0)
+    check_point("point0", iteration.energy, point0)
     solution = observed(
         iterator.descents(point0),
         point0,

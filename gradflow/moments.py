@@ -18,13 +18,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from .arguments import check, check_whole
 from .spectrum import cutoff, eigh_descending, psd_power
 
 
 def _device(array: Any) -> Any:
     # numpy arrays become floating arrays of the current default precision; everything
     # else (tracers, shapes, None) is what a transformation put there and stays.
-    return jnp.asarray(array) if isinstance(array, np.ndarray) else array
+    numbers = isinstance(array, np.ndarray) and array.dtype.kind in "biufc"
+    return jnp.asarray(array) if numbers else array
 
 
 class Moments(eqx.Module):
@@ -49,18 +51,19 @@ class Moments(eqx.Module):
     autoencoding: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self) -> None:
-        if not isinstance(self.count, int) or self.count < 1:
-            raise ValueError(f"count must be a positive integer, got {self.count!r}")
+        check_whole("count", self.count)
+        check("autoencoding", self.autoencoding, bool)
         moments = {"xx": self.xx, "xy": self.xy, "yy": self.yy}
+        for name, moment in moments.items():
+            if isinstance(moment, (str, dict, np.ndarray)) or type(moment) is object:
+                raise ValueError(f"{name} is {type(moment).__name__}: give a matrix")
         if not all(isinstance(moment, jax.Array) for moment in moments.values()):
             return  # A structure in the shape of moments, made by a transformation.
         for name, moment in moments.items():
             if moment.ndim != 2:
                 raise ValueError(f"{name} has shape {moment.shape}: give a matrix")
             if not jnp.issubdtype(moment.dtype, jnp.floating):
-                raise ValueError(
-                    f"{name} has dtype {moment.dtype}: give real floating numbers"
-                )
+                raise ValueError(f"{name} has dtype {moment.dtype}: give real numbers")
             rows, columns = moment.shape
             if name != "xy" and rows != columns:
                 raise ValueError(f"{name} has shape {moment.shape}: it must be square")

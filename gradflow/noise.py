@@ -24,6 +24,7 @@ import numpy as np
 from jax.scipy.linalg import cho_solve, solve_triangular
 from jaxtyping import Array, Bool, Float
 
+from .arguments import check_sides, checked_fields
 from .types import Scalar
 
 
@@ -108,6 +109,7 @@ class AbstractNoise(eqx.Module):
         """Which variables' noise is at (or below) `floor` times `scales`."""
 
 
+@checked_fields
 class Isotropic(AbstractNoise):
     r"""$\sigma^2 I$ for so many variables."""
 
@@ -161,10 +163,14 @@ class Isotropic(AbstractNoise):
         return jnp.full(scales.shape, at)
 
 
+@checked_fields
 class Diagonal(AbstractNoise):
     r"""$\mathrm{diag}(\psi_1, \psi_2, \dots)$."""
 
     log_variances: Float[Array, " x"]
+
+    def __check_init__(self):
+        check_sides("log_variances", self.log_variances)
 
     @classmethod
     def of(cls, variances: Any) -> "Diagonal":
@@ -202,6 +208,7 @@ class Diagonal(AbstractNoise):
         return _touches(jnp.exp(self.log_variances), scales, floor)
 
 
+@checked_fields
 class Full(AbstractNoise):
     r"""Any positive definite matrix $LL^\top$: `entries` are those of the lower
     triangle of $L$, row by row, with logarithms of the diagonal.
@@ -210,6 +217,7 @@ class Full(AbstractNoise):
     entries: Float[Array, " entries"]
 
     def __check_init__(self):
+        check_sides("entries", self.entries)
         shape = jnp.shape(self.entries)
         if len(shape) != 1 or self.size * (self.size + 1) // 2 != shape[0]:
             raise ValueError(
@@ -300,6 +308,7 @@ class Full(AbstractNoise):
         return jnp.zeros(scales.shape, bool).at[foremost].max(at)
 
 
+@checked_fields
 class Block(AbstractNoise):
     """One structure for each view, and no noise in common."""
 

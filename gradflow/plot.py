@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import checked_arguments
 from .image_plot import mosaics
 from .phase_plot import activation, phases, show_ticks
 from .report import Report
@@ -345,16 +346,15 @@ def own(report: Report) -> Any:
     import matplotlib.pyplot as plt
 
     panels = report.figure["panels"]
-    columns = min(3, max(1, len(panels)))
-    bands = -(-len(panels) // columns)
+    columns, bands = min(3, len(panels) or 1), -(-len(panels) // 3)
     high = 0.7 + 0.22 * sum(row["count"] != "-" for row in report.rows)
     with plt.style.context(STYLE):
         figure = plt.figure(figsize=(7.2, high + 2.2 * bands), layout="constrained")
-        heights = [high, *([2.2] * bands)]
-        grid = figure.add_gridspec(bands + 1, columns, height_ratios=heights)
+        tall = {"height_ratios": [high] + bands * [2.2]}
+        grid = figure.add_gridspec(bands + 1, columns, **tall)
         shares(report.rows, figure.add_subplot(grid[0, :]), RUNS[0])
-        for i, panel in enumerate(panels):
-            curves(panel, figure.add_subplot(grid[1 + i // columns, i % columns]))
+        for place, panel in enumerate(panels, start=columns):
+            curves(panel, figure.add_subplot(grid[divmod(place, columns)]))
     return figure
 
 
@@ -363,7 +363,6 @@ def _numbers(values: Any) -> np.ndarray:
     return np.array([np.nan if v is None else v for v in values], dtype=float)
 
 
-# The figure of each experiment.
 FIGURES = {
     "convergence": convergence,
     "saddle_avoidance": saddle_avoidance,
@@ -378,6 +377,7 @@ FIGURES = {
 }
 
 
+@checked_arguments
 def save(report: Report, folder: Path | str) -> list[Path]:
     """Draws a report's figure into `folder` as PNG and PDF; returns their paths.
 

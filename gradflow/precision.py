@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .arguments import check_one_of
+
 
 # "mixed": descents in float32, verdicts in float64.
 DTYPES = ("float64", "float32", "mixed")
@@ -19,10 +21,14 @@ def precision(dtype: str):
 
     **Raises:** `ValueError` unless dtype is one of `DTYPES`.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     with jax.enable_x64(dtype != "float32"):
         yield
+
+
+def check_dtype(dtype: Any) -> None:
+    """**Raises:** `ValueError` unless it is one of `DTYPES`."""
+    check_one_of("dtype", dtype, DTYPES)
 
 
 def find_device(name: str | None) -> Any:
@@ -37,6 +43,8 @@ def find_devices(name: str | None) -> list[Any]:
     """
     if name is None:
         return jax.local_devices()
+    if not name:
+        raise ValueError("device='' must be cpu, gpu or tpu")
     present = sorted({device.platform for device in jax.devices()} | {"cpu"})
     try:
         return jax.local_devices(backend=name)

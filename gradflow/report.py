@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .arguments import check_all_fields, checked_arguments
 from .environment import (
     environment as environment,
     TRAJECTORIES as TRAJECTORIES,
@@ -37,6 +38,9 @@ class Report:
     notes: list[str]
     figure: dict[str, Any]
     seconds: dict[str, float]
+
+    def __post_init__(self):
+        check_all_fields(self)
 
     def to_json(self) -> str:
         """JSON text; numbers that JSON does not have (NaN, infinity) become null and
@@ -82,6 +86,7 @@ class Report:
         write_whole(folder / "report.md", self.to_markdown().encode())
 
 
+@checked_arguments
 def read_report(folder: Path | str) -> Report:
     """Reads what `Report.write` wrote.
 

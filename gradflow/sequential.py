@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .arguments import check, checked_arguments
 from .environment import environment, versions
 from .precision import find_devices, precision
 from .runner import Runner
@@ -50,6 +51,7 @@ class Decided:
         return not share.outer_low <= self.probability <= share.outer_high
 
 
+@checked_arguments
 def run_until(
     study: Study,
     key: Key,
@@ -132,5 +134,6 @@ def _counts(flagged: Any, draws: int) -> np.ndarray:
 
 
 def _check_probability(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or not 0 < value < 1:
+    check(name, value, float)
+    if not 0 < value < 1:
         raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .arguments import check_one_of, check_range, checked_arguments, checked_fields
 from .descent import Descent, handed_over
 from .flow import AbstractFlow
 from .layout import LAYOUTS
 from .manifolds.fixed_rank import FixedRank
+from .models.base import check_point
 from .models.low_rank import LowRank
 from .solution import raise_failure, RESULTS, Solution, SUCCESSFUL
 from .solvers.chebyshev import RKC2
@@ -42,6 +44,7 @@ def _as_tuple(method) -> Any:
     return (method,)
 
 
+@checked_fields
 class Integrator(eqx.Module, Generic[P]):
     """How to integrate a flow: all of `integrate`'s arguments but the start. Its method
     is "auto", as what is compiled serves many runs.
@@ -69,16 +72,15 @@ class Integrator(eqx.Module, Generic[P]):
     def __check_init__(self):
         check_positive("horizon", self.horizon)
         check_positive("max_steps", self.max_steps, whole=True)
+        check_range("tolerance", self.tolerance)
+        check_range("rtol", self.rtol)
         if not self.method:
             raise ValueError("method is empty: give at least one diffrax solver")
         if isinstance(self.method, str) and self.method != AUTO:
             raise ValueError(
                 f"method={self.method!r} must be {AUTO!r} or a diffrax solver"
             )
-        if self.layout not in LAYOUTS:
-            raise ValueError(
-                f"layout={self.layout!r} must be one of {', '.join(LAYOUTS)}"
-            )
+        check_one_of("layout", self.layout, LAYOUTS)
 
     def __call__(self, point: P) -> Solution[P]:
         dtype = checked_dtype(point)
@@ -121,6 +123,7 @@ class Integrator(eqx.Module, Generic[P]):
         return jnp.minimum(jnp.asarray(self.horizon, dtype), latest)
 
 
+@checked_arguments
 def integrate(
     flow: AbstractFlow[P],
     point0: P,
@@ -167,6 +170,7 @@ def integrate(
         flow, horizon, tolerance, rtol, stop, method, max_steps, audit
     )
     dtype = checked_dtype(point0)
+    check_point("point0", flow.energy, point0)
     descents = integrator.descents(point0)
     solution = observed(
         descents, point0, times, observe, integrator.end(dtype), flow.energy
@@ -388,9 +392,7 @@ def _checked_times(times, dtype):
     if not isinstance(times, jax.core.Tracer):
         values = np.asarray(times)
         if values.ndim != 1 or values.size == 0:
-            raise ValueError(
-                f"times has shape {values.shape}: give a list of at least one time"
-            )
+            raise ValueError(f"times has shape {values.shape}: give at least one time")
         if not np.all(np.isfinite(values)) or values[0] < 0:
             raise ValueError("times must be finite and >= 0")
         if np.any(np.diff(values) <= 0):

@@ -14,6 +14,8 @@ from typing import Any, cast
 import equinox as eqx
 import numpy as np
 
+from .arguments import checked_arguments
+
 
 LEVEL = 0.95
 
@@ -81,6 +83,7 @@ class Fraction(eqx.Module):
         return text
 
 
+@checked_arguments
 def fraction(
     flags: Any, undecided: Any = None, *, sequential: bool = False
 ) -> Fraction:
@@ -222,8 +225,8 @@ def paired(
 
     *Reference:* McNemar (1947), in its exact form.
     """
-    one, open_one = _flags("first", first, undecided_first)
-    other, open_other = _flags("second", second, undecided_second)
+    one, open_one = _flags("first", first, undecided_first, "undecided_first")
+    other, open_other = _flags("second", second, undecided_second, "undecided_second")
     if one.size != other.size:
         raise ValueError(
             f"first has {one.size} draws and second {other.size}: both must be of the "
@@ -268,6 +271,7 @@ def _largest_p(a: int, b: int, may_a: int, may_b: int) -> float:
     return _coin(min(b, a + may_a), b)
 
 
+@checked_arguments
 def strata(
     labels: Sequence[Any] | np.ndarray, flags: Any, undecided: Any = None
 ) -> dict[Any, Any]:
@@ -292,11 +296,11 @@ def strata(
     }
 
 
-def _flags(name: str, flags: Any, undecided: Any) -> tuple[np.ndarray, np.ndarray]:
+def _flags(
+    name: str, flags: Any, undecided: Any, other: str = "undecided"
+) -> tuple[np.ndarray, np.ndarray]:
     flags = _truths(name, flags)
-    unknown = (
-        np.zeros_like(flags) if undecided is None else _truths("undecided", undecided)
-    )
+    unknown = np.zeros_like(flags) if undecided is None else _truths(other, undecided)
     if unknown.shape != flags.shape:
         raise ValueError(
             f"{name} has {flags.size} draws and undecided {unknown.size}: both must "

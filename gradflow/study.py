@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from .arguments import checked_arguments
 from .environment import environment, versions
 from .precision import find_device as find_device, find_devices, precision as precision
 from .runner import Keep, Runner
@@ -70,6 +71,7 @@ class Outcome(eqx.Module, Generic[P, F]):
     seconds: dict[str, float]
 
 
+@checked_arguments
 def without_points(solution: Solution, finding: Any) -> tuple[Solution, Any]:
     """All but the end points and what was observed: a study's memory then hardly grows
     with the size of its points."""
@@ -78,6 +80,7 @@ def without_points(solution: Solution, finding: Any) -> tuple[Solution, Any]:
     return eqx.tree_at(leave, solution, bare, is_leaf=lambda x: x is None), finding
 
 
+@checked_arguments
 def run_study(
     study: Study[P, F],
     key: Key,
@@ -119,6 +122,7 @@ def run_study(
     )["study"]
 
 
+@checked_arguments
 def run_studies(
     studies: Mapping[str, tuple[Study, Key]],
     *,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from .arguments import checked_arguments
 from .checks import Certificate, check_descent, check_initializer, Checking
 from .precision import converted, precision
 from .solution import RESULTS, Solution
@@ -26,6 +27,7 @@ ORDER = 1e-6
 FEW, MORE, BATCH = 3, 5, 2
 
 
+@checked_arguments
 def check_inspection(
     inspect: Callable[[Solution], Any],
     descend: Callable[[Any], Solution],
@@ -95,6 +97,7 @@ def check_inspection(
         return checking.certificate()
 
 
+@checked_arguments
 def check_study(study: Study, key: Key) -> Certificate:
     """Certifies a study with a few draws: its parts fit, each is sound by itself (see
     `check_initializer`, `check_descent`, `check_inspection`), draw i depends on the

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from .arguments import checked_arguments
 from .environment import environment
-from .precision import find_devices, precision
+from .precision import check_dtype, find_devices, precision
 from .report import Report
 from .runner import Runner
 from .store.arrays import arrays_of
@@ -32,6 +33,7 @@ class Checked:
     lines: list[str]
 
 
+@checked_arguments
 def verify_studies(
     studies: Mapping[str, tuple[Any, Key]],
     folder: Path | str,
@@ -49,6 +51,8 @@ def verify_studies(
     if isinstance(chunks, bool) or chunks < 1:
         raise ValueError(f"chunks must be a whole number >= 1, got {chunks}")
     del progress  # chunks are few
+    devices = find_devices(device)
+    check_dtype(dtype)
     _, cells = read_study(Path(folder))
     by_slug = {slug_of(name): (name, *study) for name, study in studies.items()}
     every = [(cell, index) for cell in cells for index in sorted(cell.done)]
@@ -57,7 +61,6 @@ def verify_studies(
         what = f"draws of {unknown[0]}, which is not asked" if unknown else "no draws"
         raise ValueError(f"{folder} has {what}: nothing can be compared")
     places = np.unique(np.linspace(0, len(every) - 1, chunks).round().astype(int))
-    devices = find_devices(device)
     lines, verdicts = [], []
     with precision(dtype), jax.default_device(devices[0]):
         runners: dict[str, Runner] = {}

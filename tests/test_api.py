@@ -86,6 +86,15 @@ def test_exported_names():
         assert getattr(gradflow, name) is not None
 
 
+def test_a_module_never_hides_what_has_its_name():
+    code = """
+import gradflow
+gradflow.run_study, gradflow.run_until
+assert callable(gradflow.precision) and callable(gradflow.iterate)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_exports_are_written_as_themselves():
     """`X as X` is what makes a name public to type checkers."""
     for node in ast.walk(ast.parse(STUB.read_text())):

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "gradflow"
 # A module imports only from lower numbers; within a level, only `base`.
 LEVELS = {
+    "arguments": -1,
     "types": 0,
     "environment": 0,
     "precision": 1,

@@ -338,13 +338,13 @@ def _broken(**leaves):
 @pytest.mark.parametrize(
     "leaves, match",
     [
-        (dict(count=0), "count must be a positive integer, got 0"),
-        (dict(count=1.5), "count must be a positive integer, got 1.5"),
+        (dict(count=0), "count must be >= 1, got 0"),
+        (dict(count=1.5), "count must be a whole number, got 1.5"),
         (dict(xx=jnp.ones(2)), r"xx has shape \(2,\): give a matrix"),
         (dict(xx=jnp.ones((2, 3))), r"xx has shape \(2, 3\): it must be square"),
         (dict(yy=jnp.ones((2, 3))), r"yy has shape \(2, 3\): it must be square"),
         (dict(xy=jnp.ones((2, 3))), r"xy has shape .* must have shape \(2, 2\)"),
-        (dict(yy=jnp.ones((2, 2), int)), "yy has dtype int64: give real floating"),
+        (dict(yy=jnp.ones((2, 2), int)), "yy has dtype int64: give real numbers"),
         (
             dict(xy=jnp.array([[1.0, jnp.nan], [0.0, 0.0]])),
             r"xy has 1 non-finite .*1\]",

@@ -653,7 +653,7 @@ REFUSED = [
     ({"horizon": np.nan}, "horizon must be > 0, got nan"),
     ({"max_steps": 0}, "max_steps must be > 0, got 0"),
     ({"max_steps": jnp.array(-1)}, "max_steps must be > 0, got -1"),
-    ({"times": jnp.array([])}, "times has shape .0,.: give a list of at least one"),
+    ({"times": jnp.array([])}, "times has shape .0,.: give at least one"),
     ({"times": jnp.array([1.0, 1.0])}, "times must increase strictly"),
     ({"times": jnp.array([2.0, 1.0])}, "times must increase strictly"),
     ({"times": jnp.array([-1.0, 1.0])}, "times must be finite and >= 0"),

@@ -23,12 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..arguments import check_shape, check_whole, checked_arguments, checked_fields
 from ..models.linear import AbstractLinearNetwork, LinearMap
 from ..models.low_rank import LowRank
 from ..types import Scalar
 from .base import AbstractManifold
 
 
+@checked_fields
 class FixedRank(AbstractManifold[AbstractLinearNetwork]):
     r"""$M_k$ with $g_W(Z_1, Z_2) = \langle \mathcal{A}_W^{-1} Z_1, Z_2 \rangle$; for
     depth 1 the embedded metric.
@@ -48,12 +50,8 @@ class FixedRank(AbstractManifold[AbstractLinearNetwork]):
     depth: int = eqx.field(static=True)
 
     def __check_init__(self):
-        for name in ("rank", "depth"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise ValueError(f"{name} must be a whole number, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        check_whole("rank", self.rank)
+        check_whole("depth", self.depth)
 
     def gradient(
         self, point: AbstractLinearNetwork, differential: AbstractLinearNetwork
@@ -182,12 +180,11 @@ class FixedRank(AbstractManifold[AbstractLinearNetwork]):
                 f"{type(point).__name__}: a DeepLinear network has flat geometry"
             )
         elif self.rank > min(point.weight.shape):
-            raise ValueError(
-                f"rank={self.rank} is larger than min(shape)="
-                f"{min(point.weight.shape)} of the matrix"
-            )
+            least = min(point.weight.shape)
+            raise ValueError(f"rank={self.rank} is larger than min(shape)={least}")
 
 
+@checked_arguments
 def balanced_operator(
     weight: Float[Array, "y x"],
     z: Float[Array, "y x"],
@@ -214,6 +211,7 @@ def balanced_operator(
     return _apply(weight, z, depth, rank)
 
 
+@checked_arguments
 def balanced_inverse(
     weight: Float[Array, "y x"],
     z: Float[Array, "y x"],
@@ -236,6 +234,7 @@ def balanced_inverse(
     return left @ (inverse * (left.T @ z @ right.T)) @ right
 
 
+@checked_arguments
 def tangent_projection(
     weight: Float[Array, "y x"], z: Float[Array, "y x"], rank: int
 ) -> Float[Array, "y x"]:
@@ -250,6 +249,7 @@ def tangent_projection(
     return left @ up + (across - left @ (up @ right.T)) @ right
 
 
+@checked_arguments
 def balanced_operator_factored(
     log_values: Float[Array, " rank"],
     left: Float[Array, "y rank"],
@@ -264,6 +264,9 @@ def balanced_operator_factored(
     **Returns:** $M, L, R$ with $\mathcal{A}_W(Z) = U M V^\top + L V^\top + U R^\top$,
     $U^\top L = 0$ and $V^\top R = 0$.
     """
+    _check_parts(log_values, depth, left=left, right=right)
+    check_shape("z_right", z_right, left.shape)
+    check_shape("z_left", z_left, right.shape)
     core = left.T @ z_right
     weights, outside = _factored_weights(log_values, depth)
     return (
@@ -273,6 +276,7 @@ def balanced_operator_factored(
     )
 
 
+@checked_arguments
 def balanced_inverse_factored(
     log_values: Float[Array, " rank"],
     core: Float[Array, "rank rank"],
@@ -284,6 +288,8 @@ def balanced_inverse_factored(
     same form: the inverse of `balanced_operator_factored`, each entry to its own
     relative accuracy.
     """
+    _check_parts(log_values, depth, left_part=left_part, right_part=right_part)
+    check_shape("core", core, 2 * log_values.shape)
     weights, outside = _factored_weights(log_values, depth)
     return core / weights, left_part / outside, right_part / outside
 
@@ -330,19 +336,20 @@ def _divided(roots, power, depth):
     return jnp.where(below > 0, above / jnp.where(below > 0, below, 1), 0)
 
 
+def _check_parts(log_values, depth, **parts):
+    check_whole("depth", depth)
+    check_shape("log_values", log_values, (max(1, len(log_values)),))
+    for name, part in parts.items():
+        check_shape(name, part, (max(1, len(part)), len(log_values)))
+
+
 def _check_arguments(weight, z, depth, rank):
     shape = jnp.shape(weight)
-    if len(shape) != 2 or jnp.shape(z) != shape:
-        raise ValueError(
-            f"weight has shape {shape} and z {jnp.shape(z)}: give two matrices of one "
-            "shape"
-        )
-    if depth < 1:
-        raise ValueError(f"depth must be >= 1, got {depth}")
+    check_shape("weight", weight, tuple(max(1, side) for side in shape))
+    check_shape("z", z, shape)
+    check_whole("depth", depth)
     if rank is not None and not 0 <= rank <= min(shape):
-        raise ValueError(
-            f"rank={rank} must be from 0 to {min(shape)}, the smaller side"
-        )
+        raise ValueError(f"rank={rank} must be from 0 to {min(shape)}, the lesser side")
 
 
 def _full_svd(weight, rank):

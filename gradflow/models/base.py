@@ -78,11 +78,28 @@ class EnergyBelow(eqx.Module, Generic[P]):
         return energy + rounding * (energy + self.offset) < self.level
 
 
+def check_point(name: str, energy: Any, point: Any) -> None:
+    """Refuses what an energy can't be computed of; nothing is computed.
+
+    **Raises:** `ValueError`, the energy's own if it has one.
+    """
+    try:
+        jax.eval_shape(energy, point)
+    except ValueError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"{name} is no point of {type(energy).__name__}: {type(error).__name__}: "
+            f"{text}"
+        ) from error
+
+
 def as_array(value: Any) -> Any:
     """A Python number or a numpy array of them as a jax array, so that one compiled
     program serves all values; anything else as it is, to be refused by name."""
     if isinstance(value, np.ndarray):
-        numeric = np.issubdtype(value.dtype, np.number)
+        numeric = value.dtype.kind in "iuf"
     else:
         numeric = isinstance(value, (int, float, np.number))
         numeric = numeric and not isinstance(value, bool)

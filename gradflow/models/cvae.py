@@ -17,6 +17,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..arguments import checked_fields
 from ..moments import Moments
 from ..types import Scalar
 from .base import AbstractEnergy, as_array
@@ -32,6 +33,7 @@ from .vae import (
 )
 
 
+@checked_fields
 class LinearCVAE(eqx.Module):
     r"""The unknowns of a linear conditional VAE; `covariance` and
     `log_decoder_variance` as in `LinearVAE`."""
@@ -66,6 +68,7 @@ class LinearCVAE(eqx.Module):
         )
 
 
+@checked_fields
 class ConditionalELBO(AbstractEnergy[LinearCVAE]):
     r"""The conditional $\beta$-VAE's exact loss, up to constants: with $\mu = W_1 x +
     W_2 y$,

@@ -36,12 +36,14 @@ import numpy as np
 from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, Bool, Float
 
+from ..arguments import checked_arguments, checked_fields
 from ..moments import Moments
 from ..noise import AbstractNoise, Block, Full, Residual
 from ..types import Key, Scalar
 from .base import AbstractLatentEnergy
 
 
+@checked_fields
 class LatentGaussian(eqx.Module):
     r"""$N(0, WW^\top + \Psi)$: `loadings` $W$ and `noise` $\Psi$.
 
@@ -158,6 +160,7 @@ class NegativeLogLikelihood(AbstractLatentEnergy[LatentGaussian, Statistics]):
     pattern: tuple[tuple[bool, ...], ...] | None = eqx.field(static=True)
     floor: float = eqx.field(static=True)
 
+    @checked_arguments
     def __init__(self, moments: Moments, pattern: Any = None, floor: float = 1e-6):
         self.moments, self.floor = moments, floor
         self.pattern = _as_pattern(pattern)
@@ -319,6 +322,7 @@ class NegativeLogLikelihood(AbstractLatentEnergy[LatentGaussian, Statistics]):
                 )
 
 
+@checked_arguments
 def battery_pattern(
     sizes: Sequence[int], shared: int, private: Sequence[int]
 ) -> Bool[np.ndarray, "x latents"]:

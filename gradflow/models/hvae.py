@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..arguments import checked_fields
 from ..moments import Moments
 from ..types import Scalar
 from .base import AbstractEnergy, as_array, check_positive
@@ -33,6 +34,7 @@ from .vae import (
 )
 
 
+@checked_fields
 class LinearHVAE(eqx.Module):
     r"""The unknowns of a linear hierarchical VAE. A covariance is `None` where the
     energy holds a fixed one."""
@@ -67,6 +69,7 @@ class LinearHVAE(eqx.Module):
         )
 
 
+@checked_fields
 class HierarchicalELBO(AbstractEnergy[LinearHVAE]):
     r"""The exact loss of a hierarchical VAE, up to constants: with
     $M = W_1 A W_1^\top + \Sigma_1$, the second moment of $z_1$, and $R = U_2 W_2 - 1$,

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..arguments import check_sides, checked_arguments, checked_fields
 from ..moments import Moments
 from ..types import Scalar
 from .base import AbstractEnergy
@@ -43,15 +44,20 @@ class AbstractLinearNetwork(eqx.Module):
         return product
 
 
+@checked_fields
 class LinearMap(AbstractLinearNetwork):
     """One matrix $W$: the network of depth 1."""
 
     weight: Float[Array, "y x"]
 
+    def __check_init__(self):
+        check_sides("weight", self.weight)
+
     def factors(self) -> tuple[Float[Array, "_ _"], ...]:
         return (self.weight,)
 
 
+@checked_fields
 class DeepLinear(AbstractLinearNetwork):
     """The factors $W_1, \\dots, W_N$ of a deep linear network, first applied first.
 
@@ -109,6 +115,7 @@ class DeepLinear(AbstractLinearNetwork):
         return jnp.max(jnp.stack([*gaps, jnp.zeros_like(self.weights[0][0, 0])]))
 
 
+@checked_fields
 class TiedAutoencoder(AbstractLinearNetwork):
     r"""$W = V V^\top$: an encoder $V^\top$ whose decoder $V$ is its transpose.
 
@@ -135,6 +142,7 @@ class TiedAutoencoder(AbstractLinearNetwork):
         return (self.frame.T, self.frame)
 
 
+@checked_arguments
 def invariants(network: DeepLinear) -> tuple[Float[Array, "_ _"], ...]:
     r"""The conserved matrices $W_{j+1}^\top W_{j+1} - W_j W_j^\top$, $j = 1..N-1$."""
     return tuple(
@@ -143,6 +151,7 @@ def invariants(network: DeepLinear) -> tuple[Float[Array, "_ _"], ...]:
     )
 
 
+@checked_fields
 class SquaredLoss(AbstractEnergy[AbstractLinearNetwork]):
     r"""$E(W) = \frac{1}{2n}\|Y - WX\|_F^2$ of a network's end-to-end matrix.
 

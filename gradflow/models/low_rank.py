@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..arguments import checked_fields
 from ..spectrum import graded_svd
 from .linear import AbstractLinearNetwork, DeepLinear
 
 
+@checked_fields
 class LowRank(AbstractLinearNetwork):
     r"""$W = Y\,\mathrm{diag}(e^l)\,X^\top$ of rank $k$: `left` $Y$ and `right` $X$ have
     $k$ well-conditioned columns, orthonormal ones in canonical form.

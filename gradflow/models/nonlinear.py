@@ -26,11 +26,13 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..arguments import checked_fields
 from ..types import Key, Scalar
 from .base import as_array, check_positive
 from .vae import check_maps, gaussian_kl
 
 
+@checked_fields
 class NonlinearCVAE(eqx.Module):
     r"""The unknowns of a conditional VAE: `encoder` takes x and y to the means and the
     log-variances of z, `decoder` takes z and x to the mean of y."""
@@ -51,6 +53,7 @@ class NonlinearCVAE(eqx.Module):
         )
 
 
+@checked_fields
 class NonlinearHVAE(eqx.Module):
     r"""The unknowns of a hierarchical VAE. `encoder_1` has log-variances too unless the
     energy holds a fixed `encoder_std`; `encoder_2` always has."""
@@ -87,6 +90,7 @@ class NonlinearHVAE(eqx.Module):
         )
 
 
+@checked_fields
 class SampledConditionalELBO(eqx.Module):
     r"""The $\beta$-ELBO of a conditional VAE for one sample,
 
@@ -140,6 +144,7 @@ class SampledConditionalELBO(eqx.Module):
         return _halves(point.encoder(jnp.concatenate([x, y])))
 
 
+@checked_fields
 class SampledHierarchicalELBO(eqx.Module):
     r"""The ELBO of a hierarchical VAE for one sample, with $z_1$ and then $z_2$ drawn,
 

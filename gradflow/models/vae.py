@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..arguments import check_sides, checked_fields
 from ..moments import Moments
 from ..types import Scalar
 from .base import AbstractEnergy, as_array, check_positive
@@ -54,6 +55,7 @@ class AbstractCovariance(eqx.Module):
         r"""$\log|\Sigma|$."""
 
 
+@checked_fields
 class CholeskyCovariance(AbstractCovariance):
     r"""$\Sigma = LL^\top$ with $L$ lower triangular: the logarithms of its diagonal,
     and the entries `below` it, row by row."""
@@ -89,10 +91,14 @@ class CholeskyCovariance(AbstractCovariance):
         return 2 * jnp.sum(self.log_diagonal)
 
 
+@checked_fields
 class DiagonalCovariance(AbstractCovariance):
     r"""$\Sigma = \mathrm{diag}(e^{l})$: the encoder of a usual VAE."""
 
     log_variances: Float[Array, " latent"]
+
+    def __check_init__(self):
+        check_sides("log_variances", self.log_variances)
 
     @classmethod
     def of(cls, covariance: Float[Array, "latent latent"]) -> "DiagonalCovariance":
@@ -106,6 +112,7 @@ class DiagonalCovariance(AbstractCovariance):
         return jnp.sum(self.log_variances)
 
 
+@checked_fields
 class RootCovariance(AbstractCovariance):
     r"""$\Sigma = FF^\top$ with any square $F$.
 
@@ -114,6 +121,9 @@ class RootCovariance(AbstractCovariance):
     """
 
     factor: Float[Array, "latent latent"]
+
+    def __check_init__(self):
+        check_sides("factor", self.factor)
 
     @classmethod
     def of(cls, covariance: Float[Array, "latent latent"]) -> "RootCovariance":
@@ -134,6 +144,7 @@ COORDINATES: dict[str, Any] = {
 }
 
 
+@checked_fields
 class LinearVAE(eqx.Module):
     r"""The unknowns of a linear VAE.
 
@@ -174,6 +185,7 @@ class LinearVAE(eqx.Module):
         )
 
 
+@checked_fields
 class NegativeELBO(AbstractEnergy[LinearVAE]):
     r"""The $\beta$-VAE's exact loss, up to constants:
 
@@ -315,11 +327,12 @@ def check_covariance(name: str, matrix: Any) -> None:
     """
     if isinstance(matrix, (jax.core.Tracer, jax.ShapeDtypeStruct)):
         return
-    shape = jnp.shape(matrix)
-    if not isinstance(matrix, jax.Array) or len(shape) != 2 or shape[0] != shape[1]:
+    shape = np.shape(matrix)
+    real = isinstance(matrix, jax.Array) and matrix.dtype.kind == "f"
+    if not real or len(shape) != 2 or shape[0] != shape[1] or 0 in shape:
         raise ValueError(
-            f"{name} must be an array (latent, latent), got {type(matrix).__name__} "
-            f"of shape {shape}"
+            f"{name} must be an array of real numbers (latent, latent), got "
+            f"{type(matrix).__name__} of shape {shape}"
         )
     values = np.asarray(matrix)
     if not np.all(np.isfinite(values)):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
+from ..arguments import checked_fields
 from ..types import Scalar
 from .step_control import root_mean_square
 
@@ -53,6 +54,7 @@ class State(NamedTuple):
     velocities: Int[Array, ""]  # computed for it; a derivative counts as two
 
 
+@checked_fields
 class RKC2(diffrax.AbstractAdaptiveSolver):
     r"""The Runge-Kutta-Chebyshev method of order 2, for flows whose Jacobian has
     eigenvalues near the negative real axis.

@@ -16,10 +16,12 @@ import diffrax
 import jax.numpy as jnp
 from diffrax import LocalLinearInterpolation
 
+from ..arguments import checked_fields
 from ..models.low_rank import LowRank
 from .step_control import root_mean_square
 
 
+@checked_fields
 class RankPreserving(diffrax.AbstractAdaptiveSolver):
     """Any explicit diffrax solver with an error estimate, for points `LowRank`.
 

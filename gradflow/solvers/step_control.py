@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from ..arguments import check_range, checked_fields
 from ..types import Scalar
 
 
@@ -40,6 +41,7 @@ def root_mean_square(tree: PyTree[Float[Array, "..."]]) -> Scalar:
     return jnp.where(usable, scale * jnp.sqrt(mean), largest)
 
 
+@checked_fields
 class NormwiseStepSize(
     diffrax.AbstractAdaptiveStepSizeController[PyTree, Float[Array, ""] | None]
 ):
@@ -58,6 +60,10 @@ class NormwiseStepSize(
     atol: float | Float[Array, ""] = 0.0
     # What diffrax hands to the root finder of an implicit method.
     norm: Callable[[PyTree], Scalar] = root_mean_square
+
+    def __check_init__(self):
+        check_range("rtol", self.rtol)
+        check_range("atol", self.atol, open_end=False)
 
     def _pid(self) -> diffrax.PIDController:
         # The error arrives already scaled, hence rtol 0 and atol 1. Proportional and

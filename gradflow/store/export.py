@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import checked_arguments
 from .files import canonical
 from .folder import read_study
 
 
+@checked_arguments
 def to_xarray(folder: Path | str) -> dict[str, Any]:
     """One `xarray.Dataset` per study of a folder, by name; each variable has a leading
     dimension `draws`, of which chunks may be missing. Needs the extra `[io]`.

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import checked_arguments
 from .cell import Cell
 from .checkpoint import begun
 from .difference import differences, FREE
@@ -59,6 +60,7 @@ class Store:
     there.
     """
 
+    @checked_arguments
     def __init__(
         self,
         folder: Path | str,

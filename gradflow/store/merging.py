@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import checked_arguments
 from .cell import Cell
 from .difference import differences, FREE
 from .files import write_whole
@@ -16,6 +17,7 @@ from .folder import read_study, Store
 LOG = logging.getLogger("gradflow")
 
 
+@checked_arguments
 def merge(folders: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
     """Copies the chunks of several folders of one study into `out`, each checked.
 

@@ -21,6 +21,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..arguments import checked_arguments
 from ..models.cvae import ConditionalELBO, LinearCVAE
 from ..models.linear import LinearMap
 from ..types import Scalar
@@ -53,6 +54,7 @@ class CVAETheory(AbstractPosteriorTheory[LinearCVAE]):
     turn: Float[Array, "latent latent"]
     regression: Float[Array, "y x"]
 
+    @checked_arguments
     def __init__(
         self,
         energy: ConditionalELBO,

@@ -25,6 +25,7 @@ import scipy.optimize
 import scipy.special
 from jaxtyping import Array, Float
 
+from ..arguments import checked_arguments
 from ..models.linear import DeepLinear
 from ..moments import Moments
 from ..types import Scalar
@@ -48,6 +49,7 @@ class TwoLayerProduct(eqx.Module):
     output_gram: Float[Array, "y y"]
 
 
+@checked_arguments
 def whitened_two_layer(
     moments: Moments, network: DeepLinear, t: float | Scalar
 ) -> TwoLayerProduct:
@@ -114,6 +116,7 @@ def whitened_two_layer(
     return TwoLayerProduct(above @ below.T, below @ below.T, above @ above.T)
 
 
+@checked_arguments
 def decoupled_mode(
     u0: float, m: float, lam: float, depth: int, t: float | np.ndarray
 ) -> np.ndarray:
@@ -180,6 +183,7 @@ def _mode(u0, m, lam, depth, times):
     return sign * scale * solve(rate * times)
 
 
+@checked_arguments
 def decoupled_escape_time(
     u0: float, m: float, lam: float, depth: int, share: float = 0.5
 ) -> float:
@@ -215,6 +219,7 @@ def decoupled_escape_time(
     return (clock(share) - clock(begun)) / rate
 
 
+@checked_arguments
 def remark42(eigenvalue: float, t: float | np.ndarray) -> np.ndarray:
     r"""$\alpha_1(t) = (2 e^{2 \lambda_1 t} - 1)^{-1/2}$, a start that never escapes.
 
@@ -238,6 +243,7 @@ def remark42(eigenvalue: float, t: float | np.ndarray) -> np.ndarray:
     return np.asarray(decay / np.sqrt(2 - decay**2))
 
 
+@checked_arguments
 def stacked_velocity(moments: Moments, network: DeepLinear) -> DeepLinear:
     r"""The velocity of an autoencoder of depth 2 in stacked form, from any start.
 

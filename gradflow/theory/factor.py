@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from ..arguments import checked_arguments
 from ..models.factor import LatentGaussian, NegativeLogLikelihood
 from ..noise import Block, Full, Isotropic
 from ..spectrum import eigh_descending
@@ -16,6 +17,7 @@ from .pcca import PCCATheory
 from .ppca import PPCATheory
 
 
+@checked_arguments
 def theory_of(
     energy: NegativeLogLikelihood, point: LatentGaussian
 ) -> PPCATheory | PCCATheory:
@@ -36,6 +38,7 @@ def theory_of(
     )
 
 
+@checked_arguments
 def battery_optimum(
     energy: NegativeLogLikelihood, sizes: Sequence[int]
 ) -> LatentGaussian:
@@ -46,6 +49,8 @@ def battery_optimum(
     **Raises:** `ValueError` with fewer: there is no closed form."""
     pattern = np.asarray(energy.pattern if energy.pattern else np.zeros((0, 0)))
     sizes = tuple(sizes)
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"sizes={sizes} must all be >= 1")
     rows = np.repeat(np.arange(len(sizes)), sizes)
     if len(sizes) != 2 or len(rows) != len(pattern):
         raise ValueError(

@@ -32,6 +32,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from ..arguments import checked_arguments
 from ..models.base import EnergyBelow
 from ..models.hvae import HierarchicalELBO, LinearHVAE
 from ..models.linear import LinearMap
@@ -71,6 +72,7 @@ class HVAETheory(AbstractTheory[LinearHVAE]):
     thresholds: Float[Array, " latent_1"]
     least: Scalar
 
+    @checked_arguments
     def __init__(
         self,
         energy: HierarchicalELBO,

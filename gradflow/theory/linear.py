@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ..arguments import checked_arguments
 from ..models.base import EnergyBelow
 from ..models.linear import AbstractLinearNetwork, DeepLinear, LinearMap, SquaredLoss
 from ..spectrum import cutoff, psd_power, svd_signed
@@ -60,6 +61,7 @@ class LinearTheory(AbstractTheory[AbstractLinearNetwork]):
     singular_values: Float[Array, " modes"]
     right: Float[Array, "modes x"]
 
+    @checked_arguments
     def __init__(self, energy: SquaredLoss, rank: int):
         moments = energy.moments
         x_dim, y_dim = moments.xy.shape

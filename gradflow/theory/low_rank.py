@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ..arguments import checked_arguments
 from ..models.linear import SquaredLoss
 from ..models.low_rank import LowRank
 from ..types import Scalar
@@ -45,6 +46,7 @@ class LowRankTheory(AbstractTheory[LowRank]):
     depth: int = eqx.field(static=True)
     linear: LinearTheory
 
+    @checked_arguments
     def __init__(self, energy: SquaredLoss, rank: int, depth: int):
         if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)):
             raise ValueError(f"depth must be a whole number, got {depth!r}")

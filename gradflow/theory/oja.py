@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..arguments import checked_arguments
 from ..models.linear import TiedAutoencoder
 from ..moments import Moments
 from ..spectrum import eigh_descending
@@ -37,6 +38,7 @@ from .riccati import checked_time, echelon, noise, refuse, riccati, steps
 SLACK = 1e-12
 
 
+@checked_arguments
 def projector(
     moments: Moments, network: TiedAutoencoder, t: float | Scalar
 ) -> Float[Array, "x x"]:
@@ -65,6 +67,7 @@ def projector(
     return found @ found.T
 
 
+@checked_arguments
 def stiefel_projector(
     moments: Moments, network: TiedAutoencoder, t: float | Scalar
 ) -> Float[Array, "x x"]:
@@ -107,6 +110,7 @@ def stiefel_projector(
     return found @ found.T
 
 
+@checked_arguments
 def limit(moments: Moments, network: TiedAutoencoder) -> Float[Array, "x x"]:
     r"""$\lim_{t \to \infty} P(t) = \sum_{i \le r} v_i v_i^\top$, an optimum of $E$.
 
@@ -139,6 +143,7 @@ def limit(moments: Moments, network: TiedAutoencoder) -> Float[Array, "x x"]:
     return leading @ leading.T
 
 
+@checked_arguments
 def rate(moments: Moments, rank: int) -> Scalar:
     r"""$\lambda_r - \lambda_{r+1}$: for almost every start $\|P(t) - P(\infty)\|$ falls
     like $e^{-(\lambda_r - \lambda_{r+1}) t}$, and $E$ like its square.

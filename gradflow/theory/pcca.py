@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ..arguments import checked_arguments
 from ..models.base import EnergyBelow
 from ..models.factor import LatentGaussian, NegativeLogLikelihood
 from ..noise import Block, Full
@@ -65,6 +66,7 @@ class PCCATheory(AbstractTheory[LatentGaussian]):
     correlations: Float[Array, " modes"]
     right: Float[Array, "modes x2"]
 
+    @checked_arguments
     def __init__(
         self,
         energy: NegativeLogLikelihood,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ..arguments import checked_arguments
 from ..models.base import EnergyBelow
 from ..models.factor import LatentGaussian, NegativeLogLikelihood
 from ..noise import Isotropic
@@ -55,6 +56,7 @@ class PPCATheory(AbstractTheory[LatentGaussian]):
     eigenvalues: Float[Array, " modes"]
     vectors: Float[Array, "x modes"]
 
+    @checked_arguments
     def __init__(self, energy: NegativeLogLikelihood, latents: int):
         check_free(energy)
         check_latents(latents)

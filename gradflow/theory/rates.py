@@ -32,10 +32,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..arguments import checked_arguments
 from ..models.linear import DeepLinear
 from .linear import LinearTheory
 
 
+@checked_arguments
 def rates(theory: LinearTheory, network: DeepLinear) -> Float[np.ndarray, " rates"]:
     r"""All $r (d_x + d_y - r)$ rates at a minimizer of $L^N$ in the factors, ascending.
 
@@ -71,6 +73,7 @@ def rates(theory: LinearTheory, network: DeepLinear) -> Float[np.ndarray, " rate
     return np.linalg.eigvalsh(root.T @ hessian @ root)
 
 
+@checked_arguments
 def balanced_rates(theory: LinearTheory, depth: int) -> Float[np.ndarray, " rates"]:
     r"""The `rates` at every balanced minimizer, known without one.
 
@@ -119,6 +122,7 @@ def _tangent(theory: LinearTheory):
     return hessian, (left, right.T), (a, b)
 
 
+@checked_arguments
 def autoencoder_rate(
     eigenvalues: Sequence[float] | np.ndarray | Float[Array, " d"],
     rank: int,

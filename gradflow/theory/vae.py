@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ..arguments import checked_arguments
 from ..models.base import EnergyBelow
 from ..models.linear import LinearMap
 from ..models.vae import (
@@ -158,6 +159,7 @@ class VAETheory(AbstractPosteriorTheory[LinearVAE]):
     total: Scalar
     turn: Float[Array, "latent latent"]
 
+    @checked_arguments
     def __init__(
         self,
         energy: NegativeELBO,

@@ -710,7 +710,7 @@ def test_points_are_checked():
         (low, "the point has rank 2 but the manifold rank=3: they must agree"),
         (
             LinearMap(jnp.ones((2, 4))),
-            r"rank=3 is larger than min\(shape\)=2 of the matrix",
+            r"rank=3 is larger than min\(shape\)=2",
         ),
         (DeepLinear((jnp.eye(4), jnp.eye(4))), "LinearMap and LowRank, got DeepLinear"),
     ):

@@ -99,9 +99,9 @@ def test_networks_are_checked():
 @pytest.mark.parametrize("depth", [0, -1, True])
 def test_depth_is_checked(depth):
     theory = LinearTheory(SquaredLoss(gaussian(jr.key(1), 3, 9)), 1)
-    with pytest.raises(ValueError, match="depth must be a whole number >= 1"):
+    with pytest.raises(ValueError, match="depth must be"):
         balanced_rates(theory, depth)
-    with pytest.raises(ValueError, match="depth must be a whole number >= 1"):
+    with pytest.raises(ValueError, match="depth must be"):
         autoencoder_rate([2.0, 1.0], 1, depth)
 
 

@@ -42,6 +42,7 @@ from gradflow.datasets import gaussian
 from gradflow.experiments import escape
 from gradflow.models import SquaredLoss
 from gradflow.store.arrays import arrays_of, outcome_from
+from gradflow.store.export import export_netcdf
 from gradflow.study import fill_studies
 from gradflow.theory import LinearTheory
 
@@ -300,7 +301,8 @@ def test_compilations_do_not_grow_with_chunks(tmp_path):
 
 
 def test_draws_with_labels(tmp_path):
-    xarray = pytest.importorskip("xarray")
+    import xarray
+
     with Store(tmp_path / "a", chunk=4) as store:
         outcome = run_study(_loop(), jr.key(3), store=store)
     data = to_xarray(tmp_path / "a")["study"]
@@ -308,6 +310,14 @@ def test_draws_with_labels(tmp_path):
     np.testing.assert_array_equal(data["solution.time"], outcome.solution.time)
     kinds = names_of(KIND, outcome.finding.kind)
     assert list(data["finding.kind"].values) == list(kinds)
+    # And what other programs read is the same.
+    export_netcdf(tmp_path / "a", tmp_path / "draws.nc")
+    read = xarray.open_dataset(
+        tmp_path / "draws.nc", group="study", engine="h5netcdf"
+    ).load()
+    np.testing.assert_array_equal(read["solution.time"], outcome.solution.time)
+    assert list(read["finding.kind"].values) == list(kinds)
+    read.close()
 
 
 def test_without_xarray_it_is_said_how_to_get_it(tmp_path, monkeypatch):

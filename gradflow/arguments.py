@@ -1,7 +1,8 @@
 """Arguments of the wrong kind are refused in a sentence: by their annotations.
 
 `checked_arguments` does that for a function, `checked_fields` for a class. Which values
-are allowed is checked where it is known why.
+are allowed is checked where it is known why. Loads no jax: reports and figures need
+none.
 """
 
 import collections.abc
@@ -9,15 +10,14 @@ import dataclasses
 import functools
 import inspect
 import numbers
+import operator
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import equinox as eqx
-import jax
-import jax.core
 import numpy as np
 
 
@@ -112,7 +112,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(item) and value == item for item in inner)
     if _is_tree(hint):
-        leaves = jax.tree.leaves(value)
+        leaves = sys.modules["jax"].tree.leaves(value)
         return bool(leaves) and all(fits(leaf, hint.leaftype) for leaf in leaves)
     if _is_array(hint):
         return _fits_array(value, hint)
@@ -121,7 +121,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is type:
         return isinstance(value, type)
     kind = origin or hint
-    if not isinstance(kind, type) or issubclass(kind, eqx.Enumeration):
+    if not isinstance(kind, type) or _is_enumeration(kind):
         return True
     if kind is float:
         return _is_number(value, numbers.Real)
@@ -149,7 +149,7 @@ def check_range(
 
     **Raises:** `ValueError`.
     """
-    if value is None or isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+    if value is None or _is_of_jax(value, "core.Tracer", "ShapeDtypeStruct"):
         return
     check(name, value, float)
     number = float(value)
@@ -189,10 +189,23 @@ def check_sides(name: str, array: Any) -> None:
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    if isinstance(value, (jax.Array, np.ndarray)):
+    if isinstance(value, np.ndarray) or _is_of_jax(value, "Array"):
         letters = "iu" if kind is numbers.Integral else "iuf"
         return value.ndim == 0 and value.dtype.kind in letters
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_of_jax(value: Any, *names: str) -> bool:
+    """Whether it is of these classes: where jax is not loaded nothing is."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(
+        value, tuple(operator.attrgetter(name)(jax) for name in names)
+    )
+
+
+def _is_enumeration(kind: type) -> bool:
+    equinox = sys.modules.get("equinox")
+    return equinox is not None and issubclass(kind, equinox.Enumeration)
 
 
 def _is_array(hint: Any) -> bool:
@@ -204,11 +217,12 @@ def _is_tree(hint: Any) -> bool:
 
 
 def _fits_array(value: Any, hint: Any) -> bool:
-    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+    if _is_of_jax(value, "Array"):
         # jaxtyping knows jax's arrays from numpy's.
-        kind = jax.Array if isinstance(value, jax.Array) else type(value)
-        return isinstance(value, hint.dtype[kind, hint.dim_str])
-    if isinstance(value, jax.ShapeDtypeStruct):  # of a function that is not run
+        return isinstance(value, hint.dtype[sys.modules["jax"].Array, hint.dim_str])
+    if isinstance(value, (np.ndarray, np.generic)):
+        return isinstance(value, hint.dtype[type(value), hint.dim_str])
+    if _is_of_jax(value, "ShapeDtypeStruct"):  # of a function that is not run
         return True
     single = hint.dim_str == "" and hint.dtype.__name__ in ("Float", "Int", "Num")
     return single and _is_number(value, numbers.Real)
@@ -255,7 +269,7 @@ def _words(hint: Any) -> str:
 
 
 def _described(value: Any) -> str:
-    if isinstance(value, (jax.Array, np.ndarray)):
+    if isinstance(value, np.ndarray) or _is_of_jax(value, "Array"):
         return f"an array of {value.dtype} of shape {value.shape}"
     if value is None or isinstance(value, (str, int, float, complex)):
         text = repr(value)

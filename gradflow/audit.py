@@ -15,7 +15,6 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from .arguments import checked_fields
 from .models.linear import DeepLinear, invariants
 
 
@@ -29,7 +28,6 @@ LIFTED = 1e-6
 SHARE = 0.1
 
 
-@checked_fields
 class Audit(eqx.Module):
     """Made from a run's start; tells of each later point what it breaks.
 
@@ -47,7 +45,7 @@ class Audit(eqx.Module):
     def __check_init__(self):
         if not isinstance(self.start, DeepLinear):
             raise ValueError(
-                f"Audit is for the factors of a DeepLinear network, got "
+                "start of an Audit must be a DeepLinear network, got "
                 f"{type(self.start).__name__}: leave audit out (LowRank runs keep rank "
                 "and sign by construction)"
             )

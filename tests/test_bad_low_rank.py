@@ -31,7 +31,7 @@ TWO = LowRank.of(jnp.diag(jnp.array([1.0, 1.0, 0.0])), 2)
 CASES = {
     "shapes": (
         lambda: _check_arguments(ONE, jnp.ones((2, 3)), 2, None),
-        "of one shape",
+        r"z has shape \(2, 3\): it must be \(3, 3\)",
     ),
     "depth": (lambda: balanced_operator(ONE, ONE, 0), "depth must be >= 1, got 0"),
     "inverse": (lambda: balanced_inverse(ONE, ONE, 0), "depth must be >= 1, got 0"),
@@ -41,7 +41,7 @@ CASES = {
     "flat": (lambda: integrate(GradientFlow(ENERGY), POINT), "needs manifold=FixedR"),
     "audit": (
         lambda: Audit.__check_init__(SimpleNamespace(start=POINT)),
-        "Audit is for the f",
+        "start of an Audit must be a DeepLinear network, got LowRank: leave",
     ),
     "other rank": (
         lambda: classify(

@@ -311,7 +311,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("bad", [0, -1, True])
 @pytest.mark.parametrize("name", ["x_dim", "y_dim", "rank", "samples", "dimension"])
 def test_sizes_are_positive(getkey, name, bad):
-    match = f"{name} must be a positive integer, got {bad}"
+    match = f"{name} must be a (positive integer|whole number), got {bad}"
     sizes = dict(x_dim=3, y_dim=3, rank=2, samples=4)
     with pytest.raises(ValueError, match=match):
         if name in sizes:

@@ -473,13 +473,13 @@ def test_chunks_that_differ_are_told(tmp_path, caplog):
 
 @pytest.mark.parametrize("chunk", [0, -1, True])
 def test_chunk_that_is_none(chunk):
-    with pytest.raises(ValueError, match="chunk must be a whole number >= 1"):
+    with pytest.raises(ValueError, match="chunk must be a whole number"):
         Store("a", chunk=chunk)
 
 
 @pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0), (True, 2)])
 def test_shard_that_is_none(shard):
-    with pytest.raises(ValueError, match="must be i/n"):
+    with pytest.raises(ValueError, match="must be i/n|each item a whole number"):
         Store("a", shard=shard)
 
 

@@ -56,7 +56,7 @@ def test_minimum_against_strong_minimization(
     options = {"rank_x": rank_x, "learn_decoder": learn_decoder, "hidden": hidden}
     with counted():
         for _ in range(2):
-            problem = cvae(rng, *sizes, kind, **options)
+            problem = cvae(rng, *sizes, kind=kind, **options)
             spectra_agree(problem, *agrees(problem, rng))
 
 
@@ -107,6 +107,7 @@ def test_worked_example():
             )
 
 
+@pytest.mark.slow
 def test_all_that_minimizers_share(rng):
     """Products that no change of latent coordinates alters, at the end of a descent."""
     problem = cvae(rng, 3, 3, 2, "full")

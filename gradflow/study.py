@@ -122,6 +122,36 @@ def run_study(
     )["study"]
 
 
+class Collected:
+    """What is held of a study's draws in memory, from chunks in any order."""
+
+    def __init__(self, draws: int, keep: Keep | None):
+        self.chunks: set[int] = set()
+        self.like: Any = None
+        self.seconds: dict[str, float] | None = None
+        self._draws, self._keep = draws, keep
+        self._whole: list[np.ndarray] = []
+        self._structure: Any = None
+
+    def add(self, index: int, rows: range, part: tuple[Any, Any]) -> None:
+        """The solutions and findings of one chunk."""
+        held = part if self._keep is None else self._keep(*part)
+        leaves, self._structure = jax.tree.flatten(held)
+        if not self._whole:
+            shapes = [(self._draws, *leaf.shape[1:]) for leaf in leaves]
+            self._whole = [
+                np.empty(shape, leaf.dtype)
+                for shape, leaf in zip(shapes, leaves, strict=True)
+            ]
+        for array, leaf in zip(self._whole, leaves, strict=True):
+            array[rows.start : rows.stop] = leaf
+        self.chunks.add(index)
+
+    def outcome(self) -> tuple[Any, Any]:
+        """Of all draws."""
+        return jax.tree.unflatten(self._structure, self._whole)
+
+
 @checked_arguments
 def run_studies(
     studies: Mapping[str, tuple[Study, Key]],
@@ -136,10 +166,17 @@ def run_studies(
 
     **Raises:** also `ValueError` if draws of other shards are missing in the store.
     """
-    likes: dict[str, Any] = {}
+    collected = {
+        name: Collected(int(study.draws), keep) for name, (study, _) in studies.items()
+    }
     if store is not None:
-        likes = fill_studies(
-            studies, store, dtype=dtype, device=device, progress=progress
+        fill_studies(
+            studies,
+            store,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+            collected=collected,
         )
         check_complete(store)
     devices = find_devices(device)
@@ -158,8 +195,9 @@ def run_studies(
                     seconds = runner.seconds
                 else:
                     cell = store.cells[slug_of(name)]
-                    like, seconds = likes.get(name) or (None, runner.seconds)
-                    solution, finding = _read(cell, like or runner.like(), keep)
+                    found = collected.pop(name)
+                    seconds = found.seconds or runner.seconds
+                    solution, finding = _read(cell, found, runner)
                 outcomes[name] = Outcome(solution, finding, seconds)
     return outcomes
 
@@ -171,13 +209,12 @@ def fill_studies(
     dtype: str = "float64",
     device: str | None = None,
     progress: bool | None = None,
-) -> dict[str, Any]:
-    """Computes those chunks of a store that are missing and this shard's, and writes
-    each when it is done. Returns, of studies that had any, the structure of a chunk and
-    the seconds."""
+    collected: Mapping[str, Collected] | None = None,
+) -> None:
+    """Computes those chunks of a store that are missing and this shard's, writes each
+    when it is done, and collects it by the study's name."""
     devices = find_devices(device)
     made = environment(dtype, devices[0])
-    filled: dict[str, Any] = {}
     with precision(dtype), jax.default_device(devices[0]):
         runners, cells = {}, {}
         for name, (study, key) in studies.items():
@@ -199,9 +236,10 @@ def fill_studies(
                     rows, whole = cell.rows(index), min(cell.chunk, cell.draws)
                     part = runner.draws(rows, whole, bar.done)
                     store.write(cell, index, arrays_of(*part), made)
-                    like = jax.tree.map(lambda leaf: leaf[:0], part)
-                    filled[name] = (like, runner.seconds)
-    return filled
+                    if collected is not None:
+                        collected[name].add(index, rows, part)
+                        collected[name].seconds = runner.seconds
+                        collected[name].like = jax.tree.map(lambda leaf: leaf[:0], part)
 
 
 def check_complete(store: Store) -> None:
@@ -215,21 +253,16 @@ def check_complete(store: Store) -> None:
         )
 
 
-def _read(cell: Cell, like: Any, keep: Keep | None) -> tuple[Any, Any]:
-    """All draws of a cell, a chunk in memory at a time but for what is kept."""
-    whole: list[np.ndarray] = []
-    structure = None
-    for index in range(cell.chunks):
-        arrays, _ = cell.read(index)
-        part = outcome_from(like, arrays)
-        leaves, structure = jax.tree.flatten(part if keep is None else keep(*part))
-        if not whole:
-            whole = [np.empty((cell.draws, *x.shape[1:]), x.dtype) for x in leaves]
-        rows = cell.rows(index)
-        for array, leaf in zip(whole, leaves, strict=True):
-            array[rows.start : rows.stop] = leaf
-    assert structure is not None  # a study has at least one draw
-    return jax.tree.unflatten(structure, whole)
+def _read(cell: Cell, found: Collected, runner: Runner) -> tuple[Any, Any]:
+    """All draws of a cell: what was not collected when it was computed is read, a chunk
+    in memory at a time."""
+    left = [index for index in range(cell.chunks) if index not in found.chunks]
+    if left:
+        like = runner.like() if found.like is None else found.like
+        for index in left:
+            part = outcome_from(like, cell.read(index)[0])
+            found.add(index, cell.rows(index), part)
+    return found.outcome()
 
 
 def check_key(key: Any) -> None:

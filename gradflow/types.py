@@ -23,14 +23,14 @@ def names_of(enumeration: type[eqx.Enumeration], items: Any) -> np.ndarray:
     Names are what may be stored: the numbers behind them change with the library.
     """
     # Equinox offers no public way to list the members.
-    if not isinstance(items, type(next(iter(enumeration._name_to_item.values())))):
+    members: dict[str, Any] = enumeration._name_to_item  # pyright: ignore[reportAttributeAccessIssue]
+    if not isinstance(items, type(next(iter(members.values())))):
         raise ValueError(
             f"items must be members of {enumeration.__name__}, got "
             f"{type(items).__name__}"
         )
-    members = enumeration._name_to_item  # pyright: ignore[reportAttributeAccessIssue]
-    matches = {name: np.asarray(items == member) for name, member in members.items()}
-    names = np.full(next(iter(matches.values())).shape, "", dtype=object)
-    for name, mask in matches.items():
-        names[mask] = name
-    return names
+    numbers = np.array([int(member._value) for member in members.values()])
+    order = np.argsort(numbers)
+    names = np.array(list(members), dtype=object)[order]
+    found = names[np.searchsorted(numbers[order], np.asarray(items._value))]
+    return np.asarray(found, dtype=object)

@@ -139,6 +139,15 @@ def test_ensemble_smoke(tmp_path):
 
 
 @pytest.mark.slow
+def test_store_smoke(tmp_path):
+    document, table, printed = smoke("store", tmp_path)
+    memory, stored = document["rows"]
+    assert memory["overhead"] == 0 and stored["overhead"] > 0
+    assert memory["global minimum"] == stored["global minimum"] == 64
+    assert table in printed
+
+
+@pytest.mark.slow
 def test_scaling_at_small_sizes(tmp_path):
     document, table, printed = smoke("scaling", tmp_path)
     rows = document["rows"]

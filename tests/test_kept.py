@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from jobs import chunks, job_of, ROOT
 
 from gradflow import (
     classify,
@@ -45,9 +45,6 @@ from gradflow.store.arrays import arrays_of, outcome_from
 from gradflow.store.export import export_netcdf
 from gradflow.study import fill_studies
 from gradflow.theory import LinearTheory
-
-
-ROOT = Path(__file__).parents[1]
 
 
 class _Found(eqx.Module):
@@ -108,13 +105,6 @@ def _assert_same(one, other):
             np.testing.assert_array_equal(x, y)
 
 
-def _files(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(Path(folder).rglob("chunk-*"))
-    }
-
-
 class _Stop(Exception):
     pass
 
@@ -166,9 +156,9 @@ def test_stopped_three_times_and_in_two_shards(tmp_path):
     key = jr.key(3)
     with Store(tmp_path / "clean", chunk=4) as store:
         clean = run_study(_loop(), key, store=store)
-    for chunks in (1, 2, 1):
+    for more in (1, 2, 1):
         with Store(tmp_path / "thrice", chunk=4) as store, pytest.raises(_Stop):
-            run_study(_loop(), key, store=_stopped_after(store, chunks))
+            run_study(_loop(), key, store=_stopped_after(store, more))
     with Store(tmp_path / "thrice") as store:
         _assert_same(run_study(_loop(), key, store=store), clean)
     shards = [tmp_path / "1", tmp_path / "2"]
@@ -179,15 +169,15 @@ def test_stopped_three_times_and_in_two_shards(tmp_path):
     merge(shards, tmp_path / "merged")
     with Store(tmp_path / "merged") as store:
         _assert_same(run_study(_loop(), key, store=store), clean)
-    files = _files(tmp_path / "clean")
+    files = chunks(tmp_path / "clean")
     assert len(files) == 5
-    assert files == _files(tmp_path / "thrice") == _files(tmp_path / "merged")
+    assert files == chunks(tmp_path / "thrice") == chunks(tmp_path / "merged")
     # Draws raised from one that is no multiple of the chunk.
     for draws in (3, 13, 20):
         with Store(tmp_path / "raised", chunk=4) as store:
             raised = run_study(_loop(draws), key, store=store)
         assert len(raised.solution.time) == draws
-    assert files == _files(tmp_path / "raised")
+    assert files == chunks(tmp_path / "raised")
 
 
 def test_another_study_is_refused(tmp_path):
@@ -196,7 +186,7 @@ def test_another_study_is_refused(tmp_path):
             return run_study(study, key, store=store, **options)
 
     run(_loop(), jr.key(3))
-    before = _files(tmp_path)
+    before = chunks(tmp_path)
     for study, key, options, said in (
         (_loop(), jr.key(4), {}, "key: saved [0, 3], asked [0, 4]"),
         (_loop(scale=9.0), jr.key(3), {}, "scale"),
@@ -211,7 +201,7 @@ def test_another_study_is_refused(tmp_path):
         assert "was started with different settings" in str(error.value)
         if said != "scale":
             assert said in str(error.value)
-        assert _files(tmp_path) == before
+        assert chunks(tmp_path) == before
 
 
 @pytest.mark.slow
@@ -237,7 +227,7 @@ def test_a_network_by_chunks_of_64_and_256(tmp_path):
     assert np.all(names_of(KIND, large.finding.kind) == "global_minimum")
     with Store(tmp_path / "again", chunk=64) as store:
         run_study(_network(draws), key, store=store)
-    assert _files(tmp_path / "again") == _files(tmp_path / "64")
+    assert chunks(tmp_path / "again") == chunks(tmp_path / "64")
     checked = verify_studies({"study": (_network(draws), key)}, tmp_path / "64")
     assert checked.sound and checked.summary.endswith("again: the same bits")
 
@@ -371,7 +361,7 @@ def test_run_resume_raise_shard_merge_verify_export(call, monkeypatch):
     code, out, err = call(*loud, "--draws", 40, "--out", "raised")
     assert code == 0 and "resuming raised: 2 of 6 chunks done" in err
     assert "wrote report.json" in out
-    assert _files("raised") == _files("whole") and _rows("raised") == _rows("whole")
+    assert chunks("raised") == chunks("whole") and _rows("raised") == _rows("whole")
     # In parts.
     for part in ("1/3", "2/3", "3/3"):
         shard = call(*TINY, "--draws", 40, "--shard", part, "--out", "parts")
@@ -380,7 +370,7 @@ def test_run_resume_raise_shard_merge_verify_export(call, monkeypatch):
     code, out, _ = call("merge", *folders[:2], "--out", "some")
     assert code == 0 and "some, 2 chunks are missing" in out
     assert call("merge", *folders, "--out", "all", "--quiet") == (0, "", "")
-    assert _files("all") == _files("whole") and _rows("all") == _rows("whole")
+    assert chunks("all") == chunks("whole") and _rows("all") == _rows("whole")
     code, out, err = call("verify", "all", "--chunks", 2, "--quiet")
     assert (code, out) == (0, "2 of 6 chunks computed again: the same bits\n")
     # With other settings, and in a folder of one part.
@@ -437,39 +427,7 @@ def test_killed_on_the_command_line(call, tmp_path):
             process.wait()
             kills += 1
     assert process.returncode == 0 and kills > 0
-    assert _files("killed") == _files("clean") and _rows("killed") == _rows("clean")
-
-
-def _job(processes, arguments, **variables):
-    """The processes of a job on this machine, as Slurm would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    slurm = {
-        "SLURM_JOB_ID": "1",
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": str(processes),
-        "JAX_COORDINATOR_PORT": port,
-        "JAX_LOCAL_DEVICE_IDS": "0",
-        "PYTHONPATH": str(ROOT),
-        **variables,
-    }
-    command = [sys.executable, "-c", "from gradflow.cli import main; main()"]
-    return [
-        subprocess.Popen(
-            [*command, *map(str, arguments)],
-            env={
-                **os.environ,
-                **slurm,
-                "SLURM_PROCID": str(process),
-                "SLURM_LOCALID": str(process),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(processes)
-    ]
+    assert chunks("killed") == chunks("clean") and _rows("killed") == _rows("clean")
 
 
 @pytest.mark.slow
@@ -478,7 +436,7 @@ def test_a_job_of_two_processes(call, tmp_path):
     process. One of them killed: what was done stays, and the same command goes on."""
     assert call(*TINY, "--draws", 400, "--out", "clean")[0] == 0
     tokens = [*TINY, "--draws", 400, "--out", tmp_path / "job", "--distributed"]
-    job = _job(2, tokens)
+    job = job_of(2, tokens)
     while not list(tmp_path.glob("job/shard-2-of-2/draws/*/chunk-*.npz")):
         assert job[1].poll() is None
         time.sleep(0.01)
@@ -486,14 +444,14 @@ def test_a_job_of_two_processes(call, tmp_path):
     for process in job:
         process.communicate(timeout=300)
         assert process.returncode != 0
-    done = _files("job")
-    assert 0 < len(done) < len(_files("clean"))
-    for process in _job(2, tokens):
+    done = chunks("job")
+    assert 0 < len(done) < len(chunks("clean"))
+    for process in job_of(2, tokens):
         said = process.communicate(timeout=300)
         assert process.returncode == 0, said
-    assert done.items() <= _files("job").items()
-    merged = {k: v for k, v in _files("job").items() if not k.startswith("shard")}
-    assert merged == _files("clean") and _rows("job") == _rows("clean")
+    assert done.items() <= chunks("job").items()
+    merged = {k: v for k, v in chunks("job").items() if not k.startswith("shard")}
+    assert merged == chunks("clean") and _rows("job") == _rows("clean")
 
 
 def test_no_job_to_join(call):

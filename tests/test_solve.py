@@ -219,6 +219,7 @@ def test_follows_the_start_of_remark_42():
         assert not below[:, 1:].any() and not above[:, 1:].any()
 
 
+@pytest.mark.slow
 def test_follows_the_stacked_form_from_an_unbalanced_start(rng):
     moments = Moments.from_data(rng.normal(size=(20, 3)))
     loss = SquaredLoss(moments)

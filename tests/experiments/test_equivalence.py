@@ -65,6 +65,7 @@ def test_rows_depend_on_the_seed_only(report):
     assert again.rows == report.rows and other.rows != report.rows
 
 
+@pytest.mark.slow
 def test_runs_out_of_steps_are_undecided():
     report = run(Config(**SMALL, max_steps=3), progress=False)
     for row in report.rows:

@@ -121,6 +121,7 @@ def test_points_of_fixed_rank_are_pushed_to_second_order_only(report):
     assert row["earliest"] > 1.5 * alone["latest"]
 
 
+@pytest.mark.slow
 def test_few_steps_and_a_short_horizon_decide_nothing():
     few = run(Config(eps=EPS, draws=2, max_steps=3), progress=False)
     assert all(row["undecided"] == 2 for row in few.rows)

@@ -28,7 +28,6 @@ def child(workload: str, smoke: bool) -> dict[str, Any]:
     """Runs the study twice in this process."""
     began = time.perf_counter()
     import bench_ensemble
-    import equinox as eqx
     import jax
     import numpy as np
 
@@ -38,19 +37,7 @@ def child(workload: str, smoke: bool) -> dict[str, Any]:
     sizes = bench_ensemble.SMOKE if smoke else bench_ensemble.FULL
     (found,) = (one for one in sizes if one.name == workload)
     problem = bench_ensemble.draw(found)
-    study = gf.Study(
-        problem.start,
-        gf.Integrator(
-            problem.flow,
-            stop=problem.theory.certificate,
-            rtol=bench_ensemble.VERDICT_RTOL,
-            tolerance=1e-1,
-            max_steps=bench_ensemble.MOST_STEPS,
-        ),
-        eqx.Partial(gf.classify, problem.flow, problem.theory),
-        draws=found.resident,
-        batch=found.resident,
-    )
+    study = bench_ensemble.judged(problem, found.resident, found.resident)
     seconds = {"before the study": time.perf_counter() - began}
     for name in ("first run", "second run"):
         began = time.perf_counter()

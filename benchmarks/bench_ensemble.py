@@ -245,6 +245,19 @@ def by_study(problem: Problem, lanes: int, dtype: str, **settings) -> timing.Can
     )
 
 
+def judged(problem: Problem, draws: int, batch: int) -> gf.Study:
+    """A study as `gradflow run` makes them: verdicts, each judged by `classify`."""
+    integrator = gf.Integrator(
+        problem.flow,
+        stop=problem.theory.certificate,
+        rtol=VERDICT_RTOL,
+        tolerance=1e-1,
+        max_steps=MOST_STEPS,
+    )
+    verdict = eqx.Partial(gf.classify, problem.flow, problem.theory)
+    return gf.Study(problem.start, integrator, verdict, draws=draws, batch=batch)
+
+
 def certified(theory, solution):
     return theory.certificate(solution.point)
 

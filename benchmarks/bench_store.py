@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import bench_ensemble
-import equinox as eqx
 import jax
 import timing
 
@@ -27,19 +26,7 @@ MEMORY, STORE = "in memory", "with a store"
 def candidates(draws: int, batch: int, chunk: int, folder: Path):
     (found,) = (one for one in bench_ensemble.FULL if one.name == "B")
     problem = bench_ensemble.draw(found)
-    study = gf.Study(
-        problem.start,
-        gf.Integrator(
-            problem.flow,
-            stop=problem.theory.certificate,
-            rtol=bench_ensemble.VERDICT_RTOL,
-            tolerance=1e-1,
-            max_steps=bench_ensemble.MOST_STEPS,
-        ),
-        eqx.Partial(gf.classify, problem.flow, problem.theory),
-        draws=draws,
-        batch=batch,
-    )
+    study = bench_ensemble.judged(problem, draws, batch)
     numbers = itertools.count()
 
     def in_memory():

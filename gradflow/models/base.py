@@ -78,11 +78,29 @@ class EnergyBelow(eqx.Module, Generic[P]):
         return energy + rounding * (energy + self.offset) < self.level
 
 
+# Kinds of energies and points that passed: to trace them takes longer than some runs.
+_CHECKED: set[Any] = set()
+
+
 def check_point(name: str, energy: Any, point: Any) -> None:
     """Refuses what an energy can't be computed of; nothing is computed.
 
     **Raises:** `ValueError`, the energy's own if it has one.
     """
+    leaves, structure = jax.tree.flatten((energy, point))
+    kinds = tuple(
+        (leaf.shape, leaf.dtype)
+        if eqx.is_array(leaf)
+        else type(leaf)
+        if isinstance(leaf, (int, float, complex))
+        else leaf
+        for leaf in leaves
+    )
+    try:
+        if (structure, kinds) in _CHECKED:
+            return
+    except TypeError:  # something that has no hash
+        kinds = None
     try:
         jax.eval_shape(energy, point)
     except ValueError:
@@ -93,6 +111,8 @@ def check_point(name: str, energy: Any, point: Any) -> None:
             f"{name} is no point of {type(energy).__name__}: {type(error).__name__}: "
             f"{text}"
         ) from error
+    if kinds is not None:
+        _CHECKED.add((structure, kinds))
 
 
 def as_array(value: Any) -> Any:

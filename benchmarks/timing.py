@@ -65,11 +65,13 @@ def count(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds per call in each `sample`, a mean over `calls` calls; and the result."""
+    """Seconds per call in each `sample`, a mean over `calls` calls; the result; and
+    seconds of the processor, of all threads together, where they were taken."""
 
     samples: list[float]
     calls: int
     result: Any
+    processor: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -96,14 +98,20 @@ def interleave(
             once, results[name] = _timed(candidate.call, 1)
         calls[name] = max(1, round(SHORTEST_SAMPLE / max(once, 1e-9)))
     samples: dict[K, list[float]] = {name: [] for name in candidates}
+    processor: dict[K, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     for number in range(repeats):
         # Another one begins each round: the one after a long one finds a cold cache.
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
+            began = time.process_time()
             seconds, _ = _timed(candidates[name].call, calls[name])
+            processor[name].append((time.process_time() - began) / calls[name])
             samples[name].append(seconds)
-    return {name: Timing(samples[name], calls[name], results[name]) for name in names}
+    return {
+        name: Timing(samples[name], calls[name], results[name], processor[name])
+        for name in names
+    }
 
 
 def _timed(call: Callable[[], Any], calls: int) -> tuple[float, Any]:

@@ -18,6 +18,7 @@ from .solution import Solution
 from .store.arrays import arrays_of, is_member, outcome_from
 from .store.cell import Cell
 from .store.folder import slug_of, Store
+from .store.writing import Writer
 from .types import Key, names_of, P
 
 
@@ -212,7 +213,7 @@ def fill_studies(
     collected: Mapping[str, Collected] | None = None,
 ) -> None:
     """Computes those chunks of a store that are missing and this shard's, writes each
-    when it is done, and collects it by the study's name."""
+    while the next is computed, and collects it by the study's name."""
     devices = find_devices(device)
     made = environment(dtype, devices[0])
     with precision(dtype), jax.default_device(devices[0]):
@@ -228,14 +229,14 @@ def fill_studies(
                 "resuming %s: %d of %d chunks done", store.folder, done, all_chunks
             )
         left = sum(len(c.rows(i)) for c in cells.values() for i in c.todo())
-        with Progress(draws + left, draws, progress) as bar:
+        with Progress(draws + left, draws, progress) as bar, Writer(store) as writer:
             for name, cell in cells.items():
                 bar.studying(name if len(studies) > 1 else "")
                 runner = runners[name]
                 for index in cell.todo():
                     rows, whole = cell.rows(index), min(cell.chunk, cell.draws)
                     part = runner.draws(rows, whole, bar.done)
-                    store.write(cell, index, arrays_of(*part), made)
+                    writer.write(cell, index, arrays_of(*part), made)
                     if collected is not None:
                         collected[name].add(index, rows, part)
                         collected[name].seconds = runner.seconds

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from gradflow.store.folder import Store
+from gradflow.store.writing import Writer
 
 
 VERSIONS = {"jax": "1.0"}
@@ -25,16 +26,26 @@ CALLS = ("open", "write", "fsync", "close", "replace", "mkdir", "ftruncate", "un
 
 
 def compute(folder, draws, chunk, tell, pause=0.0):
-    """Computes what is missing; writes a line to `tell` for each chunk that is done."""
+    """Computes what is missing, as `fill_studies` does; writes a line to `tell` for
+    each chunk that is done."""
+    last = None
     with Store(folder, {"rank": 2}, chunk=chunk) as store:
         cells = [store.cell(name, draws, FIELDS, VERSIONS) for name in ("a", "b")]
-        for cell in cells:
-            for index in cell.todo():
-                rows = cell.rows(index)
-                time.sleep(pause)
-                arrays = {"time": np.sin(np.array(rows) + len(cells))}
-                store.write(cell, index, arrays, {})
-                REAL["write"](tell, f"{cell.path(index)}\n".encode())
+        with Writer(store) as writer:
+            for cell in cells:
+                for index in cell.todo():
+                    rows = cell.rows(index)
+                    time.sleep(pause)
+                    arrays = {"time": np.sin(np.array(rows) + len(cells))}
+                    writer.write(cell, index, arrays, {})
+                    say(last, tell)
+                    last = cell.path(index)
+        say(last, tell)
+
+
+def say(path, tell):
+    if path is not None:
+        REAL["write"](tell, f"{path}\n".encode())
 
 
 REAL = {name: getattr(os, name) for name in CALLS}

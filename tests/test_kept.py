@@ -1,6 +1,7 @@
 """Studies whose draws are kept: resumed, in parts, verified, on the command line."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -178,6 +179,36 @@ def test_stopped_three_times_and_in_two_shards(tmp_path):
             raised = run_study(_loop(draws), key, store=store)
         assert len(raised.solution.time) == draws
     assert files == chunks(tmp_path / "raised")
+
+
+def test_a_disk_that_fills_while_the_next_draws_are_computed(tmp_path, monkeypatch):
+    """Whichever chunk it is, those before it are safe; the last one has no next."""
+    with Store(tmp_path / "clean", chunk=4) as store:
+        run_study(_loop(), jr.key(3), store=store)
+    for last in range(5):
+        folder = tmp_path / str(last)
+        with Store(folder, chunk=4) as store, monkeypatch.context() as patch:
+            write = store.write
+
+            def full(*arguments, last=last, patch=patch, write=write):
+                if arguments[1] == last:
+                    patch.setattr(os, "fsync", _no_space)
+                write(*arguments)
+
+            patch.setattr(store, "write", full)
+            with pytest.raises(RuntimeError) as error:
+                run_study(_loop(), jr.key(3), store=store)
+        said = f"could not write chunk {last} of study to {folder} (no space left on"
+        assert said in str(error.value)
+        assert f"{last} chunks ({4 * last} draws) are safe" in str(error.value)
+        assert len(chunks(folder)) == last
+        with Store(folder, chunk=4) as store:
+            run_study(_loop(), jr.key(3), store=store)
+        assert chunks(folder) == chunks(tmp_path / "clean")
+
+
+def _no_space(_):
+    raise OSError(errno.ENOSPC, "x")
 
 
 def test_another_study_is_refused(tmp_path):

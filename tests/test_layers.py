@@ -68,6 +68,7 @@ WITHIN = {
 }
 # Within the store, in this order.
 STORE = ("files", "difference", "chunk", "arrays", "cell", "checkpoint", "folder")
+STORE += ("writing",)
 # Files of theory without a twin in models: shared machinery, exact trajectories (of the
 # networks of models/linear.py, as is Oja's flow), what the VAEs have in common, and the
 # two models of factor.py that have a closed form.

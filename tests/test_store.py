@@ -94,6 +94,7 @@ def test_chunk_is_what_was_packed():
 
 def test_every_flipped_bit_and_every_truncation_is_found():
     content = pack({"time": np.array([0.5, 2.0])}, {"count": 2})
+    print(f"{len(content)} bytes, each of their bits flipped, each truncation")
     for place in range(len(content)):
         for bit in range(8):
             flipped = bytearray(content)
@@ -405,6 +406,7 @@ def test_killed_at_every_point(tmp_path):
     """Before, after and amid each call that touches the disk: nothing is lost that was
     said to be done, and what is computed in the end is what it would have been."""
     said = _killed("points", tmp_path)
+    print(said)
     assert said["points"] >= 200 and said["calls"].keys() >= {
         *("open", "write", "fsync", "close", "replace", "mkdir", "ftruncate"),
     }
@@ -417,6 +419,7 @@ def test_killed_at_every_point(tmp_path):
 )
 def test_killed_at_random(tmp_path, kills):
     said = _killed("random", tmp_path, kills)
+    print(said)
     assert said["kills"] == kills
     assert said["lost"] == said["different"] == said["left over"] == 0
     assert 0 < said["kept"]

@@ -42,12 +42,17 @@ def pack(arrays: dict[str, np.ndarray], made: dict[str, Any]) -> bytes:
                     f"{name} has dtype {array.dtype}, which can't be stored: give "
                     "numbers, truth values or text"
                 )
-            content = io.BytesIO()
+            # As `numpy.save`, but for its copies: to get memory takes longer than to
+            # fill it.
             array = np.asarray(array, order="C")
-            np.lib.format.write_array(content, array, (1, 0), allow_pickle=False)
-            archive.writestr(_member(name + ".npy"), content.getvalue())
-    data = buffer.getvalue()
-    return data + MARK + hashlib.sha256(data).digest()
+            header = np.lib.format.header_data_from_array_1_0(array)
+            member = _member(name + ".npy")
+            member.file_size = array.nbytes
+            with archive.open(member, "w") as npy:
+                np.lib.format.write_array_header_1_0(npy, header)
+                npy.write(array.reshape(-1).view(np.uint8).data)
+    buffer.write(MARK + hashlib.sha256(buffer.getbuffer()).digest())
+    return buffer.getvalue()
 
 
 def unpack(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

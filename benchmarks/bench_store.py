@@ -51,7 +51,7 @@ def candidates(draws: int, batch: int, chunks: tuple[int, ...], folder: Path):
 
 
 def bench(smoke: bool, repeats: int) -> list[dict[str, Any]]:
-    draws, batch, chunks = (64, 8, (32,)) if smoke else (2 * CHUNKS[0], BATCH, CHUNKS)
+    draws, batch, chunks = (64, 8, (32,)) if smoke else (4 * CHUNKS[0], BATCH, CHUNKS)
     with tempfile.TemporaryDirectory() as folder:
         made = candidates(draws, batch, chunks, Path(folder))
         ready = {name: timing.warmed(call) for name, call in made.items()}
@@ -94,7 +94,7 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     given = timing.flags(TITLE).parse_args(arguments)
     jax.config.update("jax_enable_x64", True)
-    repeats = given.repeats or (2 if given.smoke else 40)
+    repeats = given.repeats or (2 if given.smoke else 12)
     rows = bench(given.smoke, repeats)
     setting = {**timing.machine("float64"), "repeats": repeats}
     return timing.finish("store", rows, setting, given.out, failures(rows))

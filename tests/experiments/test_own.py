@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jobs import job_of
 
 from gradflow.cli import main
 from gradflow.experiments import own
@@ -151,6 +152,29 @@ def test_run_raise_shard_merge_verify(call, monkeypatch, function, dimensions):
     # Other arguments are another study.
     code, _, err = run(whole, "--arguments", "draws=40")
     assert code == 2 and "arguments was [], now ['draws=40']" in err
+
+
+@pytest.mark.slow
+def test_in_a_job_of_two_processes(call, tmp_path):
+    """The same files and the same report as of one process, twice."""
+    tokens = ["run", "own", "--study", "mine:several", "--chunk", 4, "--quiet"]
+    assert call(*tokens, "--out", tmp_path / "one") == (0, "", "")
+    for _ in range(2):
+        for process in job_of(2, [*tokens, "--out", tmp_path / "job", "--distributed"]):
+            said = process.communicate(timeout=300)
+            assert (process.returncode, said) == (0, ("", ""))
+    parts = [_files(tmp_path / "job" / f"shard-{i}-of-2") for i in (1, 2)]
+    assert [len(part) for part in parts] == [10, 10]
+    job = {k: v for k, v in _files(tmp_path / "job").items() if "shard" not in k}
+    assert job == _files(tmp_path / "one") == parts[0] | parts[1]
+    assert _report(tmp_path / "job")["rows"] == _report(tmp_path / "one")["rows"]
+    # What is wrong with the module each process says by itself, and none waits.
+    tokens = ["run", "own", "--study", "mine:unlike", "--distributed"]
+    for process in job_of(2, [*tokens, "--out", tmp_path / "wrong"]):
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 2
+        assert "the studies of mine:unlike have 3 to 5 draws" in err
+        assert "Traceback" not in err
 
 
 def test_settings_from_a_file(call, folder, monkeypatch):

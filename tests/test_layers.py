@@ -70,8 +70,8 @@ WITHIN = {
 STORE = ("files", "difference", "chunk", "arrays", "cell", "checkpoint", "folder")
 STORE += ("writing",)
 # Files of theory without a twin in models: shared machinery, exact trajectories (of the
-# networks of models/linear.py, as is Oja's flow), what the VAEs have in common, and the
-# two models of factor.py that have a closed form.
+# networks of models/linear.py, as is Oja's flow), what the VAEs have in common, the two
+# models of factor.py that have a closed form, and where its noise goes to 0.
 WITHOUT_TWIN = {
     "base",
     "second_order",
@@ -83,6 +83,7 @@ WITHOUT_TWIN = {
     "ppca",
     "pcca",
     "latent_modes",
+    "heywood",
 }
 # No optimum of perceptrons is known in closed form; theory/README.md says so.
 WITHOUT_THEORY = {"nonlinear"}

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from cyclopts import Parameter
@@ -24,6 +24,9 @@ class RunConfig:
 
     **Raises:** `ValueError` for any value out of range.
     """
+
+    # Whether the experiment's last solver hovers where a run should come to rest.
+    hovers: ClassVar[bool] = True
 
     draws: int = 256
     "Draws per row of the table."
@@ -57,7 +60,7 @@ class RunConfig:
             one_of(self, "device", ("cpu", "gpu", "tpu"))
         # What `integrate` would refuse, before anything is computed.
         runs = np.dtype("float32" if self.dtype == "mixed" else self.dtype)
-        checked_tolerances(self.tolerance, self.rtol, runs)
+        checked_tolerances(self.tolerance, self.rtol, runs, hovers=self.hovers)
 
 
 def whole_number(config: object, name: str, *, least: int, most: int) -> None:

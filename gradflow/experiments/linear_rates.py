@@ -7,14 +7,14 @@ import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from ..em import AbstractIteration, ExpectationMaximization
+from ..em import AbstractIteration, ExpectationMaximization, Squarem
 from ..models.factor import LatentGaussian, NegativeLogLikelihood
 
 
 # An eigenvalue of the Hessian below minus this times the largest is negative; one
 # within it of 0, or as close to 1 of EM's Jacobian, belongs to a rotation.
 FLAT = 1e-7
-# Steps of EM from the end of a run to where rates are computed.
+# Steps of Squarem from the end of a run to where rates are computed.
 POLISH = 1000
 # The gaps between which a rate is read off.
 WINDOW = (1e-11, 1e-7)
@@ -22,8 +22,8 @@ WINDOW = (1e-11, 1e-7)
 
 @eqx.filter_jit
 def polished(energy: NegativeLogLikelihood, point: LatentGaussian) -> LatentGaussian:
-    """A point further down, by EM."""
-    iteration = ExpectationMaximization(energy)
+    """A point further down, by Squarem."""
+    iteration = Squarem(ExpectationMaximization(energy))
     return jax.lax.fori_loop(0, POLISH, lambda _, p: iteration.step(p), point)
 
 

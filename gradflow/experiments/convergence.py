@@ -27,7 +27,7 @@ from ..models.linear import SquaredLoss
 from ..moments import Moments
 from ..report import environment, Report, VERDICTS
 from ..solve import AUTO, integrate, Integrator, TOLERANCE_RATIO
-from ..store.folder import Store
+from ..store.folder import slug_of, Store
 from ..study import (
     find_device,
     Outcome,
@@ -125,7 +125,7 @@ def run(
             device=config.device,
             progress=progress,
             store=store,
-            keep=without_points,
+            keep=without_points if store is None else verdicts.counts_only,
         )
         rows, notes, panels = [], [], []
         seconds = verdicts.seconds_of(outcomes.values())
@@ -134,7 +134,11 @@ def run(
         ):
             outcome = outcomes[name]
             rows.append(_row(study, scale, outcome))
-            notes += verdicts.notes(f"depth {depth}, scale {scale:g}", outcome)
+            where = f"depth {depth}, scale {scale:g}"
+            found = None
+            if store is not None:
+                found = verdicts.of_draw(store.cells[slug_of(name)])
+            notes += verdicts.notes(where, outcome, found)
             began = time.perf_counter()
             panels.append(_panel(config, theory, study, key, outcome))
             drawing = time.perf_counter() - began

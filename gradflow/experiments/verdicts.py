@@ -1,14 +1,18 @@
 """What the draws of one row of a table came to, counted honestly."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ..critical import describe, KIND
-from ..solution import RESULTS
+from ..critical import CriticalPoint, describe, KIND, RULE
+from ..solution import RESULTS, Solution
 from ..statistics import fraction
+from ..store.arrays import outcome_from
+from ..store.cell import Cell
 from ..study import Outcome
 from ..types import names_of
 
@@ -42,15 +46,66 @@ def seconds_of(outcomes: Iterable[Outcome]) -> dict[str, float]:
     return seconds
 
 
-def notes(where: str, outcome: Outcome) -> list[str]:
+def counts_only(solution: Solution, finding: CriticalPoint) -> tuple[Any, Any]:
+    """What `tally` and `notes` count, and when and after how many steps runs ended: 28
+    bytes a draw, whatever the problem. The rest can be read with `of_draw`."""
+    nothing = jax.tree.map(
+        lambda _: None, (solution, finding), is_leaf=eqx.is_array_like
+    )
+    return eqx.tree_at(
+        _counted, nothing, _counted((solution, finding)), is_leaf=lambda x: x is None
+    )
+
+
+def _counted(outcome: tuple[Any, Any]) -> tuple[Any, ...]:
+    solution, finding = outcome
+    ended = (solution.result, solution.time, solution.stats["steps"])
+    return (*ended, finding.kind, finding.rule)
+
+
+def of_draw(cell: Cell) -> Callable[[int], CriticalPoint]:
+    """A function that reads the verdict on one draw."""
+    kind: Any = KIND.unresolved
+    rule: Any = RULE.none
+    # Only the structure counts.
+    number, whole, truth = jnp.ones(()), jnp.ones((), int), jnp.ones((), bool)
+    like = CriticalPoint(
+        kind=kind,
+        rule=rule,
+        active=truth[None],
+        rank=whole,
+        rank_gap=number,
+        speed=number,
+        gap=number,
+        value_gap=number,
+        curvature=number,
+        index=whole,
+        remaining=number,
+        precision_limited=truth,
+        limited_at=number,
+    )
+
+    def found(draw: int) -> CriticalPoint:
+        index, row = divmod(draw, cell.chunk)
+        _, finding = outcome_from((None, like), cell.read(index)[0])
+        return jax.tree.map(lambda leaf: leaf[row], finding)
+
+    return found
+
+
+def notes(
+    where: str, outcome: Outcome, found: Callable[[int], CriticalPoint] | None = None
+) -> list[str]:
     """Why each undecided draw is undecided, and which draws are not finite (the first
-    ten of a row)."""
+    ten of a row). `found`: the verdict on a draw, where `outcome` has counts only."""
+    if found is None:
+        found = lambda draw: jax.tree.map(lambda leaf: leaf[draw], outcome.finding)
     kinds = names_of(KIND, outcome.finding.kind)
     results = names_of(RESULTS, outcome.solution.result)
     undecided = np.flatnonzero((kinds == "unresolved") | (kinds == "not_critical"))
     lines = [
         f"{where}, draw {i}: {results[i]} at t={outcome.solution.time[i]:.4g}; "
-        + describe(jax.tree.map(lambda leaf: leaf[i], outcome.finding))  # noqa: B023
+        + describe(found(int(i)))
         for i in undecided[:10]
     ]
     if undecided.size > 10:

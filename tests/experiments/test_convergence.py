@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from gradflow import fraction, Moments
+from gradflow import fraction, Moments, Store
 from gradflow.experiments import convergence
 from gradflow.experiments.convergence import Config, run
 from gradflow.models import SquaredLoss
@@ -116,8 +116,12 @@ def test_a_row_does_not_depend_on_later_rows():
 
 
 @pytest.mark.slow
-def test_draws_out_of_steps_are_undecided():
+def test_draws_out_of_steps_are_undecided(tmp_path):
     report = run(_tiny(max_steps=3, draws=24, batch=8), progress=False)
+    # With a store only what is counted is held: the notes read the rest.
+    with Store(tmp_path, chunk=24) as store:
+        kept = run(_tiny(max_steps=3, draws=24, batch=8), progress=False, store=store)
+    assert kept.rows == report.rows and kept.notes == report.notes
     _check_rows(report)
     _check_notes(report)
     row = report.rows[0]

@@ -18,6 +18,11 @@ def chunks(folder):
     }
 
 
+def count_of_chunks(folder):
+    """How many there are, while others come and go."""
+    return len(list(Path(folder).rglob("chunk-*.npz")))
+
+
 def job_of(processes, arguments, **variables):
     """The processes of a job on this machine, as Slurm would start them."""
     with socket.socket() as free:

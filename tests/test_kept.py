@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from jobs import chunks, job_of, ROOT
+from jobs import chunks, count_of_chunks, job_of, ROOT
 
 from gradflow import (
     classify,
@@ -441,23 +441,24 @@ def test_verify_of_an_experiment_without_draws(call, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_on_the_command_line(call, tmp_path):
-    """Real processes with jax in them, killed at random until one comes through."""
+    """Real processes with jax in them, killed at random, and one that comes through."""
     assert call(*TINY, "--draws", 400, "--out", "clean")[0] == 0
     code = "from gradflow.cli import main; main()"
     command = [sys.executable, "-c", code, *TINY]
     command += ["--draws", "400", "--out", "killed"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     kills, generator = 0, np.random.default_rng(0)
-    while True:
+    for _ in range(4):
+        wanted = count_of_chunks("killed") + int(generator.integers(1, 6))
         process = subprocess.Popen(command, env=environment)
-        try:
-            process.wait(timeout=float(generator.uniform(8, 30)))
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert process.returncode == 0 and kills > 0
+        while count_of_chunks("killed") < wanted and process.poll() is None:
+            time.sleep(float(generator.uniform(0, 5e-3)))
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, env=environment, check=True)
+    print(f"{kills} processes killed")
+    assert kills > 0
     assert chunks("killed") == chunks("clean") and _rows("killed") == _rows("clean")
 
 

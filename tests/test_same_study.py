@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from jobs import chunks, job_of, ROOT
+from jobs import chunks, count_of_chunks, job_of, ROOT
 
 from gradflow.cli import main
 from gradflow.store.export import to_xarray
@@ -37,7 +37,7 @@ def _killed(folder):
     kills = 0
     for wanted in [4 * (kill + 1) for kill in range(KILLS)]:
         process = subprocess.Popen(command, env=environment)
-        while len(chunks(folder)) < wanted and process.poll() is None:
+        while count_of_chunks(folder) < wanted and process.poll() is None:
             time.sleep(0.002)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)

@@ -7,6 +7,10 @@ import zlib
 from pathlib import Path
 
 
+# More than calls of LAPACK that one program makes at once.
+LEAST_THREADS = 16
+
+
 def compile_fast() -> dict[str, str]:
     """Environment variables with which jax compiles in half of the time, for runs of
     seconds: the code it makes is up to twice as slow.
@@ -19,6 +23,17 @@ def compile_fast() -> dict[str, str]:
     given = os.environ.get("XLA_FLAGS", "")
     flags = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
     return {"XLA_FLAGS": f"{given} {flags}".strip()}
+
+
+def enough_threads() -> dict[str, str]:
+    """Environment variables with which jax has threads to spare, to be set before it
+    is imported.
+
+    Batched LAPACK calls of jaxlib 0.10 wait, on a thread of XLA's pool, for others of
+    that pool: with two threads (two cores) two calls at once wait for each other for
+    ever, as triangular solves of two views did within minutes.
+    """
+    return {"NPROC": str(max(LEAST_THREADS, os.cpu_count() or 1))}
 
 
 def keep_compiled() -> dict[str, str]:

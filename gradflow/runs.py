@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .compiling import keep_compiled
+from .compiling import enough_threads, keep_compiled
 from .experiments import NAMES, STUDIES, TRAINED
 
 
@@ -22,7 +22,7 @@ REFILLS = 32
 
 def experiment(name: str) -> Any:
     if "jax" not in sys.modules:
-        for variable, value in keep_compiled().items():
+        for variable, value in (keep_compiled() | enough_threads()).items():
             os.environ.setdefault(variable, value)
         # jax says so of the half of a file that another process is writing, or was
         # when it was killed; it compiles again.

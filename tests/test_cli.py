@@ -11,7 +11,7 @@ import pytest
 
 from gradflow import cli, Report
 from gradflow.cli import main
-from gradflow.compiling import compile_fast, keep_compiled
+from gradflow.compiling import compile_fast, enough_threads, keep_compiled
 from gradflow.experiments import convergence, NAMES, saddle_avoidance
 
 
@@ -430,3 +430,21 @@ def test_flags_of_the_user_stay(monkeypatch):
     flags = compile_fast()["XLA_FLAGS"].split()
     assert flags[0] == "--mine=1"
     assert "--xla_cpu_use_fusion_emitters=false" in flags
+
+
+@pytest.mark.slow
+def test_two_batched_solves_at_once_end():
+    """With as many threads as the command line gives jax; on two cores they hang."""
+    program = """
+import jax, jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+def body(_, pair):
+    solve = lambda m: solve_triangular(jnp.eye(31) + 1e-3 * m, m, lower=True)
+    return tuple(jax.vmap(solve)(x) for x in pair)
+x = jnp.ones((64, 31, 31))
+run = jax.jit(lambda pair: jax.lax.fori_loop(0, 300, body, pair))
+jax.block_until_ready(run((x, x)))
+"""
+    environment = {**os.environ, **enough_threads()}
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, env=environment, check=True, timeout=120)

@@ -25,9 +25,9 @@ from .manifolds.fixed_rank import FixedRank
 from .models.base import check_point
 from .models.low_rank import LowRank
 from .solution import raise_failure, RESULTS, Solution, SUCCESSFUL
-from .solvers.chebyshev import RKC2
+from .solvers.chebyshev import control_of, RKC2
 from .solvers.rank_preserving import RankPreserving
-from .solvers.step_control import NormwiseStepSize, root_mean_square
+from .solvers.step_control import root_mean_square
 from .solvers.stiffness import PATIENCE
 from .types import P, Scalar
 
@@ -107,7 +107,7 @@ class Integrator(eqx.Module, Generic[P]):
             Descent(
                 self.flow,
                 _adaptive(solver, rtol, point),
-                NormwiseStepSize(jnp.asarray(rtol, dtype)),
+                control_of(solver, jnp.asarray(rtol, dtype)),
                 jnp.asarray(tolerance, dtype),
                 self.stop,
                 jnp.asarray(self.max_steps),

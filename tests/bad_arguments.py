@@ -287,7 +287,9 @@ CALLS: dict[str, dict[str, Any]] = {
         "z_left": TWO, "depth": 2,
     },
     "manifolds.tangent_projection": {"weight": TWO, "z": TWO, "rank": 1},
-    "solvers.NormwiseStepSize": {"rtol": 1e-3, "atol": 1e-3, "norm": jnp.max},
+    "solvers.NormwiseStepSize": {
+        "rtol": 1e-3, "atol": 1e-3, "pcoeff": 0.3, "icoeff": 0.3, "norm": jnp.max,
+    },
     "solvers.RKC2": {"max_stages": 20},
     "solvers.RankPreserving": {"solver": SOLVER},
     "theory.CVAETheory": {
@@ -364,7 +366,7 @@ NOTHING = object()
 FINE = {
     ("horizon", "inf"), ("t", "inf"), ("t", "0"), ("digit", "0"), ("gain", "0"),
     ("slack", "0"), ("noise", "0"), ("spread", "0"), ("NearPoint.distance", "0"),
-    ("atol", "0"), ("shared", "0"), ("t", "array"), ("threshold", "0"),
+    ("atol", "0"), ("pcoeff", "0"), ("shared", "0"), ("t", "array"), ("threshold", "0"),
     ("delta", "0"), ("epsilon", "0"), ("threshold", "inf"), ("epsilon", "inf"),
     ("u0", "0"), ("u0", "-1"), ("folder", "text"), ("path", "text"),
     ("out", "text"), ("experiment", "unknown"), ("claim", "unknown"),

@@ -21,19 +21,19 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from ..arguments import checked_fields
 from ..types import Scalar
-from .step_control import root_mean_square
+from .step_control import NormwiseStepSize, root_mean_square
 
 
 DAMPING = 2 / 13
 # The least of beta(s) / (s^2 - 1) over all s, with beta(s) = (w0 + 1) / w1.
 REACH = 2 / 3 * (1 - 2 * DAMPING / 15)
 # The radius is estimated from below, and grows until it is estimated again.
-SAFETY = 1.2
+SAFETY = 1.1
 SETTLED = 5e-4
 # Stages between two estimates, and the most iterations of one, each of the price of
 # some 2 stages: lanes side by side wait for the longest. While the last iteration has
 # changed the radius by more than UNKNOWN, as at a start, the next step goes on.
-KEPT = 50
+KEPT = 100
 MOST_ITERATIONS = 4
 UNKNOWN = 0.02
 # A controller never follows a rejected step by one longer than 0.9 of it.
@@ -191,6 +191,14 @@ class RKC2(diffrax.AbstractAdaptiveSolver):
         carry = (still, begun, before, first, b, b, b * w1)
         carry = jax.lax.fori_loop(0, stages, stage, carry)
         return carry[0], carry[2]
+
+
+def control_of(solver: Any, rtol: Any) -> NormwiseStepSize:
+    """The control of a method's steps: those of RKC2 are as long as their error allows,
+    as it has no limit of stability around which they could go up and down."""
+    if isinstance(solver, RKC2):
+        return NormwiseStepSize(rtol, pcoeff=0.0, icoeff=1.0)
+    return NormwiseStepSize(rtol)
 
 
 def spectral_radius(

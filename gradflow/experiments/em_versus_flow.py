@@ -322,7 +322,9 @@ class _Job:
             gaps = np.asarray(energies) - least
             seen, line = slope(times, gaps, predicted)
             measured = np.exp(seen / 2) if method == "em" else -seen / 2
-            rates[method] = (float(rate), float(measured))
+            # A curve that stays above the window shows no rate.
+            shown = float(measured) if np.isfinite(measured) else "-"
+            rates[method] = (float(rate), shown)
             panels.append(_panel(self.model, method, times, gaps, line))
         return rates, panels
 

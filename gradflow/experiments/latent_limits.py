@@ -91,9 +91,11 @@ def judge(found: list[Limit], lowest: float) -> None:
         alike = (limit.variables, round(limit.energy / SAME))
         if alike not in seen:
             kind = "other Heywood" if limit.variables else "other minimum"
-            seen[alike] = kind if _curves_up(limit) else "saddle"
             if limit.point is None or _coordinates(limit.point) > LARGEST:
-                seen[alike] = "undecided"
+                kind = "undecided"
+            elif not _curves_up(limit):
+                kind = "saddle"
+            seen[alike] = kind
         limit.kind = seen[alike]
 
 
@@ -209,8 +211,6 @@ def _coordinates(point) -> int:
 
 
 def _curves_up(limit: Limit) -> bool:
-    if limit.problem is None or _coordinates(limit.point) > LARGEST:
-        return True
     values = np.asarray(_eigenvalues(limit.problem, limit.point))
     return bool(values[0] >= -FLAT * max(values[-1], 1))
 

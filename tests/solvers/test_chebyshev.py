@@ -20,9 +20,15 @@ from gradflow.models.linear import DeepLinear, SquaredLoss
 from gradflow.models.low_rank import LowRank
 from gradflow.moments import Moments
 from gradflow.solution import RESULTS
-from gradflow.solve import integrate
+from gradflow.solve import integrate, Integrator
 from gradflow.solvers import NormwiseStepSize, RKC2, stiff
-from gradflow.solvers.chebyshev import DAMPING, REACH, SAFETY, spectral_radius
+from gradflow.solvers.chebyshev import (
+    control_of,
+    DAMPING,
+    REACH,
+    SAFETY,
+    spectral_radius,
+)
 from gradflow.solvers.step_control import root_mean_square
 from gradflow.types import names_of
 
@@ -433,6 +439,28 @@ def test_a_far_start_comes_in_with_any_controller(controller):
     )(starts)
     exact = 1 / np.sqrt(1 / np.asarray(starts) ** 2 + 2)
     np.testing.assert_allclose(np.asarray(ends)[:, 0, 0], exact, rtol=1e-3)
+
+
+def test_its_steps_are_as_long_as_their_error_allows():
+    # Errors grow like the third power of a step. Steps settle at 0.9 of the longest,
+    # and at 0.9 ** (1 / 0.3) = 0.7 of it by the control of explicit methods.
+    @eqx.filter_jit
+    def steps(control):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: jnp.stack([y[1], -y[0]]) / 10),
+            METHOD,
+            0.0,
+            100.0,
+            None,
+            jnp.array([1.0, 0.0]),
+            stepsize_controller=control,
+        ).stats["num_accepted_steps"]
+
+    longer, quieter = steps(control_of(METHOD, 1e-6)), steps(NormwiseStepSize(1e-6))
+    assert 0.7 < longer / quieter < 0.86
+    flow, start, _ = _teacher()
+    relay = Integrator(flow).descents(start)
+    assert [descent.control.icoeff for descent in relay] == [0.3, 1.0]
 
 
 @pytest.mark.slow

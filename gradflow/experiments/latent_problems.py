@@ -68,7 +68,8 @@ def problem(
     - `variables`: of the synthetic data, or principal directions of MNIST's halves.
     - `latents`, `private`: shared latent variables, and those of each view (IBFA).
 
-    **Raises:** `ValueError` if scikit-learn is needed and missing.
+    **Raises:** `ValueError` for as many latent variables as there are variables, and if
+    scikit-learn is needed and missing.
     """
     truth = None
     if data == "synthetic":
@@ -80,6 +81,11 @@ def problem(
         moments, sizes = _mnist_halves(variables)
     else:
         moments, sizes = _table(data)
+    if latents + 2 * private >= sum(sizes):
+        raise ValueError(
+            f"latents={latents} and private={private} are too many for the "
+            f"{sum(sizes)} variables of data={data}: lower them"
+        )
     pattern = None
     if model == "ibfa":
         pattern = battery_pattern(sizes, latents, (private, private))

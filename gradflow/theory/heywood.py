@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..arguments import checked_arguments
+from ..arguments import check_whole, checked_arguments
 from ..models.factor import LatentGaussian, NegativeLogLikelihood
 from ..moments import Moments
 from ..noise import Diagonal
@@ -55,6 +55,7 @@ class HeywoodCase(eqx.Module):
     def __init__(
         self, energy: NegativeLogLikelihood, latents: int, variables: Sequence[int]
     ):
+        check_whole("latents", latents)
         chosen = sorted({int(j) for j in variables})
         size = energy.size
         if energy.pattern is not None:

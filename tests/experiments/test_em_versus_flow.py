@@ -123,3 +123,9 @@ def test_scikit_learn_may_be_missing(monkeypatch):
 def test_refuses(options, text):
     with pytest.raises(ValueError, match=text):
         Config(**options)
+
+
+def test_refuses_more_latent_variables_than_a_table_has():
+    text = "latents=12 and private=1 are too many for the 13 variables of data=wine"
+    with pytest.raises(ValueError, match=text):
+        run(Config(data="wine", latents=12), progress=False)

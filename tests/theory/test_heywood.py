@@ -124,6 +124,8 @@ def test_refuses(variables, text):
 
 
 def test_refuses_other_models(getkey):
+    with pytest.raises(ValueError, match="^latents must be"):
+        HeywoodCase(energy_of("fa", jnp.eye(6)), -1, (0,))
     energy = energy_of("ibfa", planted_covariance(getkey(), 7, 2))
     with pytest.raises(ValueError, match="^the energy has a pattern: the reduction is"):
         HeywoodCase(energy, 2, (0,))

@@ -12,6 +12,7 @@ from .arguments import checked_arguments, checked_fields
 from .models.base import AbstractEnergy, AbstractLatentEnergy
 from .models.factor import LatentGaussian, NegativeLogLikelihood, Statistics
 from .noise import Block, Full
+from .triangles import cholesky
 from .types import P, Scalar
 
 
@@ -68,7 +69,7 @@ class ExpandedMaximization(AbstractIteration[LatentGaussian]):
         found = self.energy.m_step(point, statistics)
         loadings = found.loadings
         for group in self.energy.groups(loadings.shape[1]):
-            root = jnp.linalg.cholesky(statistics.second[np.ix_(group, group)])
+            root = cholesky(statistics.second[np.ix_(group, group)])
             loadings = loadings.at[:, group].set(loadings[:, group] @ root)
         return LatentGaussian(loadings, found.noise)
 

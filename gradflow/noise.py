@@ -21,10 +21,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import cho_solve, solve_triangular
 from jaxtyping import Array, Bool, Float
 
 from .arguments import check_sides, checked_fields
+from .triangles import anywhere, cholesky, triangular_inverse
 from .types import Scalar
 
 
@@ -234,7 +234,7 @@ class Full(AbstractNoise):
             raise ValueError(
                 f"matrix has shape {matrix.shape}: a covariance must be square"
             )
-        lower = jnp.linalg.cholesky(matrix)
+        lower = cholesky(matrix)
         if not isinstance(matrix, jax.core.Tracer):
             if not np.allclose(matrix, matrix.T, rtol=1e-6, atol=0):
                 raise ValueError("matrix isn't symmetric: a covariance must be")
@@ -274,10 +274,11 @@ class Full(AbstractNoise):
         return 2 * jnp.sum(self.entries[places])
 
     def whiten(self, matrix: Float[Array, "x k"]) -> Float[Array, "x k"]:
-        return solve_triangular(self.root(), matrix, lower=True)
+        return triangular_inverse(self.root()) @ matrix
 
     def solve(self, matrix: Float[Array, "x k"]) -> Float[Array, "x k"]:
-        return cho_solve((self.root(), True), matrix)
+        inverse = triangular_inverse(self.root())
+        return inverse.T @ (inverse @ matrix)
 
     def color(self, matrix: Float[Array, "x k"]) -> Float[Array, "x k"]:
         return self.root() @ matrix
@@ -286,16 +287,17 @@ class Full(AbstractNoise):
         root = jnp.sqrt(residual.scales())
         scaled = residual.matrix() / root[:, None] / root[None, :]
         eye = jnp.eye(self.size, dtype=scaled.dtype)
-        above = jnp.all(jnp.isfinite(jnp.linalg.cholesky(scaled - floor * eye)))
+        above = jnp.all(jnp.isfinite(cholesky(scaled - floor * eye)))
 
         def raised():
             # By QR: the product of the factors would round off the smallest.
             values, vectors = jnp.linalg.eigh(scaled)
             values = jnp.sqrt(jnp.maximum(values, floor))
             upper = jnp.linalg.qr(values[:, None] * vectors.T, mode="r")
-            return upper.T * jnp.sign(jnp.diagonal(upper))[None, :]
+            lower = upper.T * jnp.sign(jnp.diagonal(upper))[None, :]
+            return jnp.where(above, cholesky(scaled), lower)
 
-        lower = jax.lax.cond(above, lambda: jnp.linalg.cholesky(scaled), raised)
+        lower = jax.lax.cond(anywhere(~above), raised, lambda: cholesky(scaled))
         return Full._of_root(lower * root[:, None])
 
     def floored(self, scales: Float[Array, " x"], floor: float) -> Bool[Array, " x"]:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent / "gradflow"
 LEVELS = {
     "arguments": -1,
     "types": 0,
+    "triangles": 0,
     "environment": 0,
     "precision": 1,
     "statistics": 1,

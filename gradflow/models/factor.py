@@ -33,12 +33,12 @@ import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, Bool, Float
 
 from ..arguments import checked_arguments, checked_fields
 from ..moments import Moments
 from ..noise import AbstractNoise, Block, Full, Residual
+from ..triangles import cholesky, triangular_inverse
 from ..types import Key, Scalar
 from .base import AbstractLatentEnergy
 
@@ -76,10 +76,9 @@ class LatentGaussian(eqx.Module):
         """$H$ and $M$: $z$ given $x$ is $N(Hx, M)$."""
         white = self.noise.whiten(self.loadings)
         eye = jnp.eye(white.shape[1], dtype=white.dtype)
-        factor = cho_factor(eye + white.T @ white, lower=True)
-        return cho_solve(factor, self.noise.solve(self.loadings).T), cho_solve(
-            factor, eye
-        )
+        inverse = triangular_inverse(cholesky(eye + white.T @ white))
+        covariance = inverse.T @ inverse
+        return covariance @ self.noise.solve(self.loadings).T, covariance
 
     def posterior(
         self, x: Float[Array, "samples x"]
@@ -106,7 +105,7 @@ class LatentGaussian(eqx.Module):
         r"""$P \log 2\pi + \log|WW^\top + \Psi|$."""
         white = self.noise.whiten(self.loadings)
         eye = jnp.eye(white.shape[1], dtype=white.dtype)
-        root = jnp.linalg.cholesky(eye + white.T @ white)
+        root = cholesky(eye + white.T @ white)
         return (
             self.noise.size * jnp.log(jnp.asarray(2 * jnp.pi, white.dtype))
             + self.noise.log_determinant()
@@ -131,6 +130,11 @@ def _as_pattern(pattern: Any) -> tuple[tuple[bool, ...], ...] | None:
             "matrix (x, latents) of truth values, True where a loading is free"
         )
     return tuple(tuple(row) for row in array.tolist())
+
+
+def _regressed(cross, second):
+    inverse = triangular_inverse(cholesky(second))
+    return cross @ inverse.T @ inverse
 
 
 def _joint(moments: Moments) -> Float[Array, "x x"]:
@@ -246,7 +250,7 @@ class NegativeLogLikelihood(AbstractLatentEnergy[LatentGaussian, Statistics]):
         """The regression of each variable on the latent variables that it may load."""
         cross, second = statistics.cross, statistics.second
         if self.pattern is None:
-            return cho_solve(cho_factor(second, lower=True), cross.T).T
+            return _regressed(cross, second)
         loadings = jnp.zeros_like(cross)
         kinds, kind_of = np.unique(
             np.asarray(self.pattern), axis=0, return_inverse=True
@@ -254,8 +258,9 @@ class NegativeLogLikelihood(AbstractLatentEnergy[LatentGaussian, Statistics]):
         for i, kind in enumerate(kinds):
             rows, columns = np.flatnonzero(kind_of.ravel() == i), np.flatnonzero(kind)
             if columns.size:
-                factor = cho_factor(second[np.ix_(columns, columns)], lower=True)
-                block = cho_solve(factor, cross[np.ix_(rows, columns)].T).T
+                block = _regressed(
+                    cross[np.ix_(rows, columns)], second[np.ix_(columns, columns)]
+                )
                 loadings = loadings.at[np.ix_(rows, columns)].set(block)
         return loadings
 

@@ -14,19 +14,26 @@ def _definite(size, seed=0):
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 16, 33])
-def test_factor_and_inverse_are_those_of_the_library(size):
-    matrix = _definite(size)
-    lower = cholesky(matrix)
-    np.testing.assert_allclose(lower, np.linalg.cholesky(matrix), rtol=0, atol=1e-14)
-    left = triangular_inverse(lower) @ lower - jnp.eye(size)
-    assert np.abs(left).max() < 1e-14 * np.linalg.cond(lower)
+@pytest.mark.parametrize("lanes", [None, 2])
+def test_factor_and_inverse_are_those_of_the_library(size, lanes):
+    matrices = jnp.stack([_definite(size, seed) for seed in range(lanes or 1)])
+    each = jax.vmap if lanes else lambda function: lambda x: function(x[0])[None]
+    lowers = each(cholesky)(matrices)
+    np.testing.assert_allclose(lowers, np.linalg.cholesky(matrices), rtol=0, atol=1e-14)
+    for lower, inverse in zip(lowers, each(triangular_inverse)(lowers), strict=True):
+        left = inverse @ lower - jnp.eye(size)
+        assert np.abs(left).max() < 1e-14 * np.linalg.cond(lower)
 
 
 def test_what_is_not_positive_definite_has_no_factor():
-    assert not np.all(np.isfinite(cholesky(_definite(4) - 2 * jnp.eye(4))))
+    matrices = jnp.stack([_definite(4) - 2 * jnp.eye(4), _definite(4)])
+    assert not np.all(np.isfinite(cholesky(matrices[0])))
+    finite = np.isfinite(jax.vmap(cholesky)(matrices)).all(axis=(1, 2))
+    assert finite.tolist() == [False, True]
 
 
-def test_derivatives_are_those_of_the_library():
+@pytest.mark.parametrize("many", [False, True])
+def test_derivatives_are_those_of_the_library(many):
     matrix = _definite(5)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(5, 5)))
 
@@ -41,7 +48,9 @@ def test_derivatives_are_those_of_the_library():
     ours = total(cholesky, triangular_inverse)
     theirs = total(jnp.linalg.cholesky, jnp.linalg.inv)
     for derivative in (jax.grad, jax.hessian):
-        found, expected = derivative(ours)(matrix), derivative(theirs)(matrix)
+        of = derivative(ours)
+        found = jax.vmap(of)(matrix[None])[0] if many else of(matrix)
+        expected = derivative(theirs)(matrix)
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 

@@ -48,7 +48,7 @@ CLAIM = (
     "the rate that its linearization gives."
 )
 SOURCE = "Dempster 1977, Tipping 1999, Bach 2005, Varadhan 2008 (with coauthors)"
-COST = "one to three minutes a model on two cores; real data as two views: draws=20"
+COST = "one to three minutes a model on two cores"
 METHODS = ("flow", "em", "expanded", "squarem", "alternating")
 SCHEMES: dict[str, Any] = {
     "em": ExpectationMaximization,

@@ -84,7 +84,7 @@ def ours(problem, draws: int, devices=()) -> Callable[[], int]:
     def call():
         count = 0
         for solution, _ in descend(
-            integrator, problem.start, problem.key, draws, lanes, devices
+            integrator, problem.start, problem.key, [range(draws)], lanes, devices
         ):
             count += int(np.sum(certificate.holds(solution.energy)))
         return count

@@ -7,6 +7,7 @@ compiled loop. Every draw is begun in a group of the same size and stepped among
 same number of lanes, so it comes out the same to the last bit, whatever the others do.
 """
 
+import itertools
 import queue
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,35 +46,46 @@ def descend(
     integrator: Integrator[P] | Iterator[P],
     initialize: Callable[[Key], P],
     key: Key,
-    draws: int,
+    draws: Sequence[range],
     lanes: int,
     devices: Sequence[Any] = (),
     *,
-    first: int = 0,
     whole: int | None = None,
+    most: int | None = None,
 ) -> Generator[tuple[Solution[P], dict[str, int]], None, None]:
-    """The solutions of `draws` draws in blocks as they are done, as numpy arrays with
-    a leading axis of draws; and the work that the lanes did, `used` and `all`: in
+    """The solutions of `draws` in blocks as they are done, as numpy arrays with a
+    leading axis of draws; and the work that the lanes did, `used` and `all`: in
     velocities, or in trial steps where these are not counted.
 
-    Draw i starts at `initialize(fold_in(key, i))`; they are numbered from `first` on.
-    Given several `devices`, each takes the next block when it is done with its last
-    one. What is compiled is for `whole` draws, if that is given: another part of the
-    same study then comes out of the same program.
+    Draw i starts at `initialize(fold_in(key, i))`. Given several `devices`, each takes
+    the next block when it is done with its last one.
+
+    **Arguments:**
+
+    - `draws`: parts of a study. A draw comes out the same to the last bit whatever
+      other parts are in the same call.
+    - `whole`: the draws of a part that is not cut short, which number the lanes. By
+      default of the longest.
+    - `most`: the draws of the longest call there will be, for which is compiled. By
+      default of this one.
     """
-    several = len(devices) > 1
-    share = -(-(whole or draws) // max(1, len(devices)))
-    lanes = min(lanes, share)
+    count = sum(map(len, draws))
+    share = lambda draws: -(-draws // max(1, len(devices)))
+    whole = max(map(len, draws)) if whole is None else whole
+    lanes = min(lanes, share(whole))
     # One size of block, a multiple of the lanes: nothing is compiled twice.
     like = eqx.filter_eval_shape(initialize, key)
     point = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
     room = max(1, MEMORY // (STATE * point * lanes))
-    size = lanes * min(room, QUEUE, -(-share // lanes))
-    blocks = [(first + i, min(size, draws - i)) for i in range(0, draws, size)]
-    run = lambda block: _block(
-        integrator, initialize, key, block[0], block[1], size, lanes
-    )
-    if not several:
+    rows = lambda draws: lanes * min(room, QUEUE, -(-share(draws) // lanes))
+    size = max(rows(whole), rows(most or count))
+    # Those handed over are taken on among those of their unit: part of a part, which
+    # does not depend on the call.
+    unit = rows(whole)
+    units = [part[i : i + unit] for part in draws for i in range(0, len(part), unit)]
+    blocks = _packed(units, min(size, max(unit, lanes * -(-share(count) // lanes))))
+    run = lambda block: _block(integrator, initialize, key, block, size, lanes)
+    if len(devices) < 2:
         yield from map(run, blocks)
         return
     idle = queue.SimpleQueue()
@@ -98,37 +110,65 @@ def descend(
             raise
 
 
-def _block(integrator, initialize, key, first, count, size, lanes):
+def _packed(units: list[range], size: int) -> list[list[range]]:
+    """Blocks of units in their order, each of at most `size` draws."""
+    blocks, draws = [], size
+    for unit in units:
+        if draws + len(unit) > size:
+            blocks.append([])
+            draws = 0
+        blocks[-1].append(unit)
+        draws += len(unit)
+    return blocks
+
+
+def _block(integrator, initialize, key, units, size, lanes):
     like = eqx.filter_eval_shape(initialize, key)
     dtype = jnp.result_type(*jax.tree.leaves(like))
     # The descents look at the kind of the point only, never at its numbers.
     descents, end = integrator.descents(like), integrator.end(dtype)
     layout = integrator.layout if isinstance(integrator, Integrator) else AUTO
     kept = lanes_of(descents[0], like, layout)
-    starts, states = _begin(kept, initialize, key, jnp.asarray(first), size, lanes)
+    numbers = np.concatenate([np.asarray(unit) for unit in units])
+    count = numbers.size
+    # Padded by draws that never begin.
+    padded = jnp.asarray(np.resize(numbers, size))
+    starts, states = _begin(kept, initialize, key, padded, jnp.asarray(count), lanes)
     ends, rounds = _pass(kept, states, end, jnp.asarray(count), lanes)
     steps = {"used": 0, "all": 0}
     _account(steps, kept, ends, count, rounds, lanes)
     for descent in descents[1:]:
-        left = np.flatnonzero(np.asarray(handed_over(ends.result))[:count])
-        if left.size == 0:
-            break
-        # Few sizes, so that few are compiled: padded by draws that never begin. A
-        # lane of columns that idles costs next to nothing, so there it is one size.
         kept = lanes_of(descent, like, layout)
-        room = 2 ** int(left.size - 1).bit_length()
-        few = lanes if kept.axis else min(lanes, room)
-        room = few * -(-room // few)
-        which = jnp.asarray(np.resize(left, room))
-        states = _take_over(kept, ends, which, few)
-        later, rounds = _pass(kept, states, end, jnp.asarray(left.size), few)
-        _account(steps, kept, later, left.size, rounds, few)
-        ends = _merged(ends, later, which, jnp.asarray(left.size))
+        over = np.asarray(handed_over(ends.result))[:count]
+        # A lane of columns that idles costs next to nothing: there it is one size, and
+        # so a draw comes out the same whatever else is in the block.
+        for left in [np.flatnonzero(over)] if kept.axis else _by_unit(over, units):
+            if left.size == 0:
+                continue
+            # Few sizes, so that few are compiled.
+            room = 2 ** int(left.size - 1).bit_length()
+            few = lanes if kept.axis else min(lanes, room)
+            room = few * -(-room // few)
+            which = jnp.asarray(np.resize(left, room))
+            states = _take_over(kept, ends, which, few)
+            later, rounds = _pass(kept, states, end, jnp.asarray(left.size), few)
+            _account(steps, kept, later, left.size, rounds, few)
+            ends = _merged(ends, later, which, jnp.asarray(left.size))
     if any(isinstance(other, Descent) and not other.tells for other in descents):
         # All or none, whether or not a draw came to that descent.
         ends = eqx.tree_at(lambda e: e.velocities, ends, None, is_leaf=_is_none)
-    solution = jax.device_get(_solutions(descents[0], starts, ends, lanes))
+    found = _solutions(descents[0], starts, ends, jnp.asarray(count), lanes)
+    solution = jax.device_get(found)
     return jax.tree.map(lambda leaf: np.array(leaf[:count]), solution), steps
+
+
+def _by_unit(over, units):
+    """The places of those handed over in each unit."""
+    firsts = np.cumsum([0, *map(len, units)])
+    return [
+        first + np.flatnonzero(over[first:end])
+        for first, end in itertools.pairwise(firsts)
+    ]
 
 
 def _is_none(leaf):
@@ -163,37 +203,48 @@ def _account(steps, kept, ends, count, rounds, lanes):
 
 
 @eqx.filter_jit
-def _begin(kept: Lanes, initialize, key, first, size: int, lanes: int):
+def _begin(kept: Lanes, initialize, key, draws, count, lanes: int):
     """The starts of a block and the states of their runs."""
     # As many at once as there are lanes: a matrix that is factored alone comes out
     # otherwise, in the last bit, than in company.
-    starts = jax.lax.map(
-        lambda draw: initialize(jax.random.fold_in(key, first + draw)),
-        jnp.arange(size),
-        batch_size=lanes,
+    begin = jax.vmap(lambda draw: initialize(jax.random.fold_in(key, draw)))
+    starts = _joined(_chunked(begin, draws, count, lanes))
+    times = jnp.zeros(draws.shape, jnp.result_type(*jax.tree.leaves(starts)))
+    states = _chunked(
+        lambda chunk: kept.begin(*chunk), (starts, times), count, lanes
     )
-    times = jnp.zeros((size,), jnp.result_type(*jax.tree.leaves(starts)))
-    return starts, _chunked(
-        kept, lambda chunk: kept.begin(*chunk), (starts, times), lanes
-    )
+    return starts, _joined(states, kept.axis)
 
 
 @eqx.filter_jit
 def _take_over(kept: Lanes, ends, which, lanes: int):
-    return _chunked(
-        kept, kept.take_over, jax.tree.map(lambda leaf: leaf[which], ends), lanes
-    )
+    rows = jax.tree.map(lambda leaf: leaf[which], ends)
+    return _joined(_chunked(kept.take_over, rows, which.size, lanes), kept.axis)
 
 
-def _chunked(kept, function, rows, lanes):
-    """`function` of as many rows at a time as there are lanes, side by side."""
+def _chunked(function, rows, count, lanes):
+    """`function` of as many rows at a time as there are lanes, up to `count` rows; those
+    beyond are 0."""
     chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, lanes, *leaf.shape[1:]), rows)
-    states = jax.lax.map(function, chunks)
-    if kept.axis == 0:
+    number = len(jax.tree.leaves(chunks)[0])
+    one = lambda i: function(jax.tree.map(lambda leaf: leaf[i], chunks))
+    made = jax.tree.map(
+        lambda leaf: jnp.zeros((number, *leaf.shape), leaf.dtype),
+        jax.eval_shape(one, 0),
+    )
+    put = lambda i, made: jax.tree.map(
+        lambda leaf, new: leaf.at[i].set(new), made, one(i)
+    )
+    return jax.lax.fori_loop(0, -(-count // lanes), put, made)
+
+
+def _joined(chunks, axis: int = 0):
+    """Chunks side by side."""
+    if axis == 0:
         joined = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
     else:
         joined = lambda leaf: jnp.moveaxis(leaf, 0, -2).reshape(*leaf.shape[1:-1], -1)
-    return jax.tree.map(joined, states)
+    return jax.tree.map(joined, chunks)
 
 
 @eqx.filter_jit
@@ -304,9 +355,8 @@ def _merged(ends, later, which, count):
 
 
 @eqx.filter_jit
-def _solutions(descent, starts, ends, lanes: int):
-    def one(start_and_end):
-        start, end = start_and_end
+def _solutions(descent, starts, ends, count, lanes: int):
+    def one(start, end):
         solution = descent.solution(end)
         moved = jax.tree.map(jnp.subtract, end.point, start)
         size = root_mean_square(end.point)
@@ -314,4 +364,5 @@ def _solutions(descent, starts, ends, lanes: int):
         return eqx.tree_at(lambda s: s.distance, solution, distance)
 
     # As many at once as there are lanes, so that sums are rounded alike.
-    return jax.lax.map(one, (starts, ends), batch_size=lanes)
+    several = lambda rows: jax.vmap(one)(*rows)
+    return _joined(_chunked(several, (starts, ends), count, lanes))

@@ -44,19 +44,21 @@ class Runner:
 
     def draws(
         self,
-        rows: range,
+        rows: Sequence[range],
         whole: int,
         done: Callable[[Any], None],
         keep: "Keep | None" = None,
+        most: int | None = None,
     ) -> tuple[Any, Any]:
-        """The solutions and the findings of draws `rows`, with leading axes.
+        """The solutions and the findings of some parts of the draws, one after the
+        other, with leading axes.
 
-        `whole`: the number of draws whose shapes are compiled, so that equal programs
-        run all parts of a study. `done` is called with findings as they come, and of
-        each part only what `keep` returns is held.
+        `whole`, `most`: the draws of a part that is not cut short, and of the longest
+        call, so that equal programs run all parts of a study. `done` is called with
+        findings as they come, and only what `keep` returns of them is held.
         """
         parts = []
-        for solution in self._descended(rows, whole):
+        for solution in self._descended(rows, whole, most):
             if self.dtype == "mixed":
                 solution = converted(solution, "float64")
             inspect = partial(_inspect, self.inspected.inspect)
@@ -81,14 +83,17 @@ class Runner:
 
         return eqx.filter_eval_shape(one, self.key)
 
-    def _descended(self, rows: range, whole: int) -> Generator[Any, None, None]:
+    def _descended(
+        self, rows: Sequence[range], whole: int, most: int | None
+    ) -> Generator[Any, None, None]:
         study = self.study
         if not isinstance(study.descend, (Integrator, Iterator)):
             begin = partial(_initialize, study.initialize, self.key)
             run = partial(_descend, study.descend)
-            for first in range(rows.start, rows.stop, study.batch):
-                draws = np.arange(first, min(first + study.batch, rows.stop))
-                points = self._in_batches("initialize", begin, draws, whole)
+            draws = np.concatenate([np.asarray(part) for part in rows])
+            for first in range(0, draws.size, study.batch):
+                some = draws[first : first + study.batch]
+                points = self._in_batches("initialize", begin, some, whole)
                 yield self._in_batches("descend", run, points, whole)
             return
         began = time.perf_counter()
@@ -96,11 +101,11 @@ class Runner:
             study.descend,
             study.initialize,
             self.key,
-            len(rows),
+            rows,
             study.batch,
             self.devices,
-            first=rows.start,
             whole=whole,
+            most=most,
         ):
             self._took("descend", began)
             yield solution

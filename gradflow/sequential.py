@@ -105,7 +105,7 @@ def run_until(
                     part = outcome_from(like, cell.read(index)[0])
                     bar.done(part[1])
                 else:
-                    part = runner.draws(rows, min(every, study.draws), bar.done)
+                    part = runner.draws([rows], min(every, study.draws), bar.done)
                     if store is not None and cell is not None:
                         store.write(cell, index, arrays_of(*part), made)
                 parts.append(part)

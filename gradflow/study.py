@@ -1,7 +1,8 @@
 """Many draws: initialize, descend, inspect."""
 
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
@@ -11,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .arguments import checked_arguments
+from .ensemble import QUEUE
 from .environment import environment, versions
 from .precision import find_device as find_device, find_devices, precision as precision
 from .runner import Keep, Runner
@@ -23,6 +25,9 @@ from .types import Key, names_of, P
 
 
 F = TypeVar("F")
+# Seconds of draws that are computed between two writes of a store, if a file's take
+# less: what is lost where a study is killed.
+AT_ONCE = 5.0
 LOG = logging.getLogger("gradflow")
 
 
@@ -191,7 +196,7 @@ def run_studies(
                 runner = Runner(study, key, dtype, devices)
                 bar.studying(name if len(studies) > 1 else "")
                 if store is None:
-                    rows = range(study.draws)
+                    rows = [range(study.draws)]
                     solution, finding = runner.draws(rows, study.draws, bar.done, keep)
                     seconds = runner.seconds
                 else:
@@ -233,14 +238,37 @@ def fill_studies(
             for name, cell in cells.items():
                 bar.studying(name if len(studies) > 1 else "")
                 runner = runners[name]
-                for index in cell.todo():
-                    rows, whole = cell.rows(index), min(cell.chunk, cell.draws)
-                    part = runner.draws(rows, whole, bar.done)
-                    writer.write(cell, index, arrays_of(*part), made)
-                    if collected is not None:
-                        collected[name].add(index, rows, part)
-                        collected[name].seconds = runner.seconds
+                for parts in _computed(runner, cell, bar.done):
+                    arrays = {index: arrays_of(*part) for index, part in parts.items()}
+                    writer.write(cell, arrays, made)
+                    if collected is None:
+                        continue
+                    for index, part in parts.items():
+                        collected[name].add(index, cell.rows(index), part)
                         collected[name].like = jax.tree.map(lambda leaf: leaf[:0], part)
+                    collected[name].seconds = runner.seconds
+
+
+def _computed(
+    runner: Runner, cell: Cell, done: Callable[[Any], None]
+) -> Generator[dict[int, Any], None, None]:
+    """The missing chunks of a cell: as many at once as are computed in `AT_ONCE`
+    seconds, so that lanes seldom idle at the end of a queue."""
+    queues = QUEUE * runner.study.batch * len(runner.devices)
+    whole, most = min(cell.chunk, cell.draws), min(queues, cell.draws)
+    todo, count = cell.todo(), 1
+    while todo:
+        now, todo = todo[:count], todo[count:]
+        rows = [cell.rows(index) for index in now]
+        began = time.perf_counter()
+        found = runner.draws(rows, whole, done, most=most)
+        each = (time.perf_counter() - began) / len(now)
+        count = max(1, min(int(AT_ONCE / each), most // cell.chunk))
+        ends = np.cumsum([len(part) for part in rows])
+        yield {
+            index: jax.tree.map(lambda leaf: leaf[end - len(part) : end], found)  # noqa: B023
+            for index, part, end in zip(now, rows, ends, strict=True)
+        }
 
 
 def check_complete(store: Store) -> None:

@@ -86,7 +86,7 @@ def _compared(runner: Runner, cell: Cell, index: int) -> tuple[str, str]:
     """How a chunk compares: same, (last) digits, or other; and that in words."""
     saved, made = cell.read(index)
     rows, whole = cell.rows(index), min(cell.chunk, cell.draws)
-    again = arrays_of(*runner.draws(rows, whole, lambda finding: None))
+    again = arrays_of(*runner.draws([rows], whole, lambda finding: None))
     if same(saved, again):
         return "same", "the same bits"
     if saved.keys() != again.keys():

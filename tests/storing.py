@@ -37,7 +37,7 @@ def compute(folder, draws, chunk, tell, pause=0.0):
                     rows = cell.rows(index)
                     time.sleep(pause)
                     arrays = {"time": np.sin(np.array(rows) + len(cells))}
-                    writer.write(cell, index, arrays, {})
+                    writer.write(cell, {index: arrays}, {})
                     say(last, tell)
                     last = cell.path(index)
         say(last, tell)

@@ -69,7 +69,7 @@ def until(energy, horizon, rtol, **settings):
 
 
 def ends(integrator, start, draws, lanes):
-    ((solution, _),) = descend(integrator, start, jr.key(0), draws, lanes)
+    ((solution, _),) = descend(integrator, start, jr.key(0), [range(draws)], lanes)
     return solution
 
 

@@ -52,7 +52,7 @@ def integrator(energy, theory):
 
 
 def everything(integrator, draws, lanes, initialize=INITIALIZE):
-    blocks = list(descend(integrator, initialize, jr.key(0), draws, lanes))
+    blocks = list(descend(integrator, initialize, jr.key(0), [range(draws)], lanes))
     solution = jax.tree.map(lambda *x: np.concatenate(x), *[b for b, _ in blocks])
     return solution, [steps for _, steps in blocks]
 
@@ -127,6 +127,36 @@ def test_blocks_follow_each_other(integrator):
     assert len(blocks) == 2 and len(solution.time) == draws
     short, _ = everything(integrator, 12, lanes)
     assert equal(short, jax.tree.map(lambda leaf: leaf[:12], solution))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_what_else_is_in_a_call_changes_no_bit(energy, theory, layout):
+    """Parts together, in any order, come out as each alone; those that a second method
+    takes over, too."""
+    relay = Integrator(
+        GradientFlow(energy),
+        stop=theory.certificate,
+        rtol=1e-6,
+        tolerance=1e-3,
+        max_steps=100,
+        layout=layout,
+    )
+
+    def run(*parts, **options):
+        blocks = descend(relay, INITIALIZE, jr.key(0), parts, 16, **options)
+        found = [solution for solution, _ in blocks]
+        return jax.tree.map(lambda *x: np.concatenate(x), *found), len(found)
+
+    parts = [range(80, 120), range(40, 80), range(200, 213)]
+    together, blocks = run(*parts)
+    assert blocks == 1
+    taken = together.stats["steps"] + together.stats["rejected"]
+    assert (taken > 100).sum() > 5
+    alone = [run(part, whole=40)[0] for part in parts]
+    assert equal(together, jax.tree.map(lambda *x: np.concatenate(x), *alone))
+    # A long call to come does not change a short one.
+    assert equal(run(parts[0], most=500)[0], alone[0])
 
 
 @pytest.mark.slow

@@ -14,10 +14,10 @@ class Writer:
 
     ```
     with Writer(store) as writer:
-        writer.write(cell, index, arrays, made)
+        writer.write(cell, {index: arrays}, made)
     ```
 
-    When `write` returns, all chunks before this one are on disk; after the `with`, all.
+    When `write` returns, all chunks before these are on disk; after the `with`, all.
     What one could not write is raised by what comes next.
     """
 
@@ -37,10 +37,13 @@ class Writer:
     def write(
         self,
         cell: Cell,
-        index: int,
-        arrays: dict[str, np.ndarray],
+        chunks: dict[int, dict[str, np.ndarray]],
         made: dict[str, Any],
     ) -> None:
-        """**Raises:** `RuntimeError` if the chunk before it can't be written."""
+        """**Raises:** `RuntimeError` if a chunk before these can't be written."""
         self._last.result()
-        self._last = self._pool.submit(self._store.write, cell, index, arrays, made)
+        self._last = self._pool.submit(self._write, cell, chunks, made)
+
+    def _write(self, cell, chunks, made):
+        for index, arrays in chunks.items():
+            self._store.write(cell, index, arrays, made)

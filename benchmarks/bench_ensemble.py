@@ -226,7 +226,8 @@ def by_gradflow(problem: Problem, lanes: int, **settings: Any) -> timing.Candida
     resident = min(problem.workload.resident, lanes)
 
     def call():
-        return list(descend(integrator, problem.start, problem.key, [range(lanes)], resident))
+        draws = [range(lanes)]
+        return list(descend(integrator, problem.start, problem.key, draws, resident))
 
     return timing.warmed(call)
 
@@ -294,7 +295,8 @@ def error_at(problem: Problem, rtol: float, method, lanes: int = 4) -> float:
         method=method,
         max_steps=MOST_STEPS,
     )
-    ((solution, _),) = descend(integrator, problem.start, problem.key, [range(lanes)], lanes)
+    draws = [range(lanes)]
+    ((solution, _),) = descend(integrator, problem.start, problem.key, draws, lanes)
     found = jax.vmap(lambda point: point.matrix())(solution.point)
 
     def exact(start):

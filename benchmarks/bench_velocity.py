@@ -220,7 +220,11 @@ def ensemble_run(problem: Problem, rtol: float, method) -> timing.Candidate:
         ends = [
             solution
             for solution, _ in descend(
-                integrator, problem.start, problem.key, [range(lanes)], min(lanes, BATCH)
+                integrator,
+                problem.start,
+                problem.key,
+                [range(lanes)],
+                min(lanes, BATCH),
             )
         ]
         arrived = [end.result == gf.RESULTS.horizon_reached for end in ends]

@@ -210,9 +210,7 @@ def _begin(kept: Lanes, initialize, key, draws, count, lanes: int):
     begin = jax.vmap(lambda draw: initialize(jax.random.fold_in(key, draw)))
     starts = _joined(_chunked(begin, draws, count, lanes))
     times = jnp.zeros(draws.shape, jnp.result_type(*jax.tree.leaves(starts)))
-    states = _chunked(
-        lambda chunk: kept.begin(*chunk), (starts, times), count, lanes
-    )
+    states = _chunked(lambda chunk: kept.begin(*chunk), (starts, times), count, lanes)
     return starts, _joined(states, kept.axis)
 
 
@@ -223,8 +221,8 @@ def _take_over(kept: Lanes, ends, which, lanes: int):
 
 
 def _chunked(function, rows, count, lanes):
-    """`function` of as many rows at a time as there are lanes, up to `count` rows; those
-    beyond are 0."""
+    """`function` of as many rows at a time as there are lanes, up to `count` rows; what
+    is beyond is 0."""
     chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, lanes, *leaf.shape[1:]), rows)
     number = len(jax.tree.leaves(chunks)[0])
     one = lambda i: function(jax.tree.map(lambda leaf: leaf[i], chunks))

@@ -144,7 +144,8 @@ def test_company_changes_no_bit_where_y_is_not_x():
     )
     start = GaussianInit((4, 3, 2, 5, 7), 0.3)
     run = lambda draws: [
-        solution for solution, _ in descend(integrator, start, jr.key(5), [range(draws)], 16)
+        solution
+        for solution, _ in descend(integrator, start, jr.key(5), [range(draws)], 16)
     ][0]
     few, many = run(20), run(100)
     for one, other in zip(jax.tree.leaves(few), jax.tree.leaves(many), strict=True):

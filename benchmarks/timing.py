@@ -20,8 +20,12 @@ from typing import Any, TypeVar
 import drawing
 import jax
 
+from gradflow.compiling import plain_loops
 from gradflow.report import environment
 
+
+# As the command line has it, for all candidates; no computation was made yet.
+os.environ |= plain_loops()
 
 K = TypeVar("K")
 # A sample shorter than this is noise of the clock and of dispatch: calls are repeated.

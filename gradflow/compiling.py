@@ -36,6 +36,21 @@ def enough_threads() -> dict[str, str]:
     return {"NPROC": str(max(LEAST_THREADS, os.cpu_count() or 1))}
 
 
+def plain_loops() -> dict[str, str]:
+    """Environment variables with which jax adds arrays up in plain loops, to be set
+    before its first computation.
+
+    In tiles, as XLA of jaxlib 0.10 does it on CPU, an addition took up to 7 times as
+    long. An option that a release does not know is no error. Options that are given
+    are left alone.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_extra_options" in given:
+        return {}
+    flag = "--xla_backend_extra_options=xla_cpu_disable_tiled_emitter=true"
+    return {"XLA_FLAGS": f"{given} {flag}".strip()}
+
+
 def keep_compiled() -> dict[str, str]:
     """Environment variables with which jax keeps what it compiles for later processes,
     in the user's folder for such files. To be set before jax is imported."""

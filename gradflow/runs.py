@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .compiling import enough_threads, keep_compiled
+from .compiling import enough_threads, keep_compiled, plain_loops
 from .experiments import NAMES, STUDIES, TRAINED
 
 
@@ -24,6 +24,7 @@ def experiment(name: str) -> Any:
     if "jax" not in sys.modules:
         for variable, value in (keep_compiled() | enough_threads()).items():
             os.environ.setdefault(variable, value)
+        os.environ |= plain_loops()
         # jax says so of the half of a file that another process is writing, or was
         # when it was killed; it compiles again.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache")

@@ -11,7 +11,12 @@ import pytest
 
 from gradflow import cli, Report
 from gradflow.cli import main
-from gradflow.compiling import compile_fast, enough_threads, keep_compiled
+from gradflow.compiling import (
+    compile_fast,
+    enough_threads,
+    keep_compiled,
+    plain_loops,
+)
 from gradflow.experiments import convergence, NAMES, saddle_avoidance
 
 
@@ -430,6 +435,19 @@ def test_flags_of_the_user_stay(monkeypatch):
     flags = compile_fast()["XLA_FLAGS"].split()
     assert flags[0] == "--mine=1"
     assert "--xla_cpu_use_fusion_emitters=false" in flags
+    first, second = plain_loops()["XLA_FLAGS"].split()
+    assert first == "--mine=1"
+    monkeypatch.setenv("XLA_FLAGS", second)
+    assert plain_loops() == {}
+
+
+def test_the_compiler_accepts_plain_loops():
+    program = "import jax; print(jax.jit(lambda x: x + 1)(1.0))"
+    command, environment = [sys.executable, "-c", program], os.environ | plain_loops()
+    done = subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "2.0\n" and done.stderr == ""
 
 
 @pytest.mark.slow
